@@ -1,0 +1,277 @@
+"""The run file: one frozen section a stage, read from YAML, strict about keys, types and ranges.
+
+    RUN.yaml ──read──▶ mapping ──overrides──▶ mapping ──validate──▶ Run (frozen)
+
+Relative paths in a run file are relative to the directory that the command is started in. This module
+imports neither torch nor any stage, so that `bigtune --help` and a bad run file answer at once.
+"""
+
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
+
+from bigtune.errors import ConfigError
+
+FilePath = Annotated[
+    Path, Strict(False), BeforeValidator(lambda value: Path(value) if isinstance(value, str) else value)
+]
+
+
+class Section(BaseModel):
+    """Base of the sections: immutable, no unknown key, no silent conversion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The pretrained model to start from."""
+
+    path: FilePath = Field(description="Hugging Face directory with safetensors, config and tokenizer")
+
+
+class Source(Section):
+    """One file of raw data."""
+
+    path: FilePath = Field(description="JSONL file, or a JSON array")
+
+
+Sources = Annotated[tuple[Source, ...], Strict(False), Field(min_length=1)]
+
+
+class Data(Section):
+    """What is trained on, and how it is cut into rows."""
+
+    sources: Sources
+    sequence_length: int = Field(default=1024, ge=8, description="tokens a packed row")
+    on_bad_row: Literal["error", "skip"] = "error"
+    on_long_document: Literal["drop", "truncate", "error"] = Field(
+        default="drop", description="a document longer than a row; dropped and truncated ones are counted"
+    )
+    store: FilePath | None = Field(default=None, description="prepared documents; default: OUTPUT/data")
+
+
+class Optim(Section):
+    """The optimizer, its schedule and clipping."""
+
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    learning_rate: float = Field(default=1e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    final_learning_rate: float = Field(
+        default=0.0, ge=0, le=1, description="at the last step, as a fraction of learning_rate"
+    )
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Strict(False)
+    ] = (0.9, 0.95)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="of the matrices alone")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="clips the global norm; 0 turns it off")
+
+
+class Train(Section):
+    """How long and in which batches. Batches are counted in packed rows."""
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
+    micro_batch: int = Field(default=1, ge=1, description="rows a rank computes at once")
+    global_batch: int = Field(default=8, ge=1, description="rows a step, over all ranks")
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        return self
+
+
+class Checkpoint(Section):
+    """When checkpoints are written. The last step is always saved."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    keep_last: int | None = Field(default=None, ge=1, description="older checkpoints are removed; default: none")
+
+
+class Evaluate(Section):
+    """How a model is scored."""
+
+    sources: Sources
+    shots_from: Sources | None = Field(default=None, description="rows to draw few-shot examples from; default: data.sources")
+    shots: int = Field(default=0, ge=0, description="examples before each question")
+    prompt: Literal["chat", "plain"] = Field(
+        default="chat", description="the chat template, or plain text for a model that knows none"
+    )
+    answer: Literal["exact", "number"] = Field(
+        default="exact", description="compare the whole answer, or its last number (after #### where present)"
+    )
+    max_rows: int | None = Field(default=None, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+
+
+class Run(Section):
+    """One run, from raw data to a merged model."""
+
+    model: Model
+    data: Data
+    optim: Optim = Optim()
+    train: Train
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate | None = None
+    deepspeed: str = Field(default="zero3", description="a preset of ds_configs/, or the path of a JSON file")
+    output: FilePath
+
+    @property
+    def store(self) -> Path:
+        """Where the prepared documents lie."""
+        return self.data.store or self.output / "data"
+
+    def to_yaml(self) -> str:
+        """The resolved run file, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-3 as a number (YAML 1.2) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' is given twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a run file and apply overrides of the form `section.key=value`.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, a key is unknown, a value has the wrong type or range.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run file (looked in {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the run file cannot be read: {error}") from None
+    tree = _parse(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a run file is a mapping of sections (model, data, train, …)")
+    for override in overrides:
+        _apply(tree, override)
+    return resolve(tree, str(path))
+
+
+def resolve(tree: Mapping[str, Any], where: str = "run") -> Run:
+    """Validate a mapping of sections.
+
+    Raises:
+        ConfigError: names every wrong key, the nearest valid one, and what is allowed.
+    """
+    try:
+        return Run.model_validate(dict(tree))
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override}: write section.key=value")
+    node: Any = tree
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(node, list):
+            node = node[_index(node, part, override)]
+        elif node.get(part) is None:
+            node = node.setdefault(part, {}) if part not in node else node.__setitem__(part, {}) or node[part]
+        else:
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"--set {override}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+    parsed = _parse(value, f"--set {key}")
+    if isinstance(node, list):
+        node[_index(node, parts[-1], override)] = parsed
+    else:
+        node[parts[-1]] = parsed
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    if part.isdigit() and int(part) < len(node):
+        return int(part)
+    raise ConfigError(f"--set {override}: '{part}' is no position in a list of {len(node)}")
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    """One clause for one pydantic error."""
+    where = [part for part in problem["loc"]]
+    dotted = ".".join(str(part) for part in where)
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key '{dotted}'{_nearest(where)}"
+    if kind == "missing":
+        return f"'{dotted}' is missing"
+    given = repr(problem["input"])
+    given = given if len(given) <= 60 else given[:57] + "..."
+    if kind == "literal_error":
+        return f"'{dotted}' is {given}; allowed: {context['expected']}"
+    if kind == "value_error":
+        return f"'{dotted}': {context['error']}"
+    return f"'{dotted}' is {given}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _nearest(where: Sequence[str | int]) -> str:
+    section: type[BaseModel] | None = Run
+    for part in where[:-1]:
+        if section is not None and isinstance(part, str):
+            section = _section_of(section.model_fields[part].annotation) if part in section.model_fields else None
+    if section is None:
+        return ""
+    keys = list(section.model_fields)
+    close = difflib.get_close_matches(str(where[-1]), keys, n=1, cutoff=0.5)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    elsewhere = [dotted for dotted in _dotted_keys(Run) if dotted.split(".")[-1] == where[-1]]
+    if not close and elsewhere:
+        hint = f"; did you mean '{elsewhere[0]}'?"
+    return f"{hint} (valid: {', '.join(keys)})"
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
+
+
+def _dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            yield from _dotted_keys(inner, f"{prefix}{name}.")

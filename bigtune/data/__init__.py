@@ -1,0 +1,1 @@
+"""From raw instruction files to batches: formats → chat → store → plan → stream."""

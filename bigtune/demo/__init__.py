@@ -1,0 +1,1 @@
+"""The story of instruction tuning in a few minutes on a laptop, on data made here."""

@@ -1,0 +1,29 @@
+"""One tree of errors that a user can mend. The command line prints each as one line, without a traceback.
+
+A message says what is wrong, where (file, row, key, rank) and what to do. Anything else that is raised is
+a bug of bigtune's own and keeps its traceback.
+"""
+
+
+class BigtuneError(Exception):
+    """Base of every error that the user, not a developer, can mend."""
+
+
+class ConfigError(BigtuneError):
+    """The run file, an override or a DeepSpeed preset is wrong."""
+
+
+class DataError(BigtuneError):
+    """A source, a row, or a document store is wrong."""
+
+
+class ModelError(BigtuneError):
+    """A model folder cannot be read, or holds a model that bigtune cannot train exactly."""
+
+
+class CheckpointError(BigtuneError):
+    """A checkpoint cannot be written, read, or does not fit the run."""
+
+
+class LaunchError(BigtuneError):
+    """Workers cannot be started as asked, or one of them failed."""
