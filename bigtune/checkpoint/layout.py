@@ -1,0 +1,164 @@
+"""Who holds which elements: the one description that save, resume and merge share.
+
+    step-40/
+      layout.json                        this module
+      rank-00000-of-00002.safetensors    tensors `<sub-group>.<kind>`: master, and the optimizer's states
+      rank-00001-of-00002.safetensors
+      trainer.json, data.json            the trainer's state and the position in the data
+      run.yaml, model/                   resolved run file; config, tokenizer and their like
+
+Every rank's file has the same tensors. A parameter of n elements over W ranks takes ceil(n / W) elements of
+each rank's flat partition; rank r holds its elements from r × ceil(n / W), and padding after the last.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from bigtune.errors import CheckpointError
+
+VERSION = 1
+FILE = "layout.json"
+MASTER = "master"
+"""The kind of the float32 values; other kinds are the optimizer's names for its state tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter's place in each rank's flat partition, in elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A kind of optimizer state: its dtype as safetensors names it, and elements that share one value.
+
+    `block` is 1 for a state with a value an element, and e.g. 256 for the scales of 8-bit blocks, which are
+    counted over the flat partition.
+    """
+
+    dtype: str
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class SubGroup:
+    """One flat partition: `numel` elements a rank, of one optimizer group."""
+
+    index: int
+    group: str
+    numel: int
+    parameters: tuple[Parameter, ...]
+    states: Mapping[str, State]
+    scalars: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A stretch of one parameter in one rank's file: `count` elements, from `start` of the parameter."""
+
+    rank: int
+    sub_group: int
+    offset: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All of a checkpoint. `tied` maps further names of a parameter to the name under which it is kept."""
+
+    world_size: int
+    dtype: str
+    sub_groups: tuple[SubGroup, ...]
+    tied: Mapping[str, str]
+
+    def parameters(self) -> Iterator[tuple[SubGroup, Parameter]]:
+        """Every parameter once, with its sub-group."""
+        for sub_group in self.sub_groups:
+            for parameter in sub_group.parameters:
+                yield sub_group, parameter
+
+    def ranges(self, sub_group: SubGroup, parameter: Parameter) -> Iterator[Range]:
+        """Where the elements of a parameter lie, in order, without padding."""
+        for rank in range(self.world_size):
+            start = rank * parameter.length
+            count = min(parameter.length, parameter.numel - start)
+            if count > 0:
+                yield Range(rank, sub_group.index, parameter.offset, start, count)
+
+    def write(self, folder: Path) -> None:
+        """Write layout.json."""
+        document = {"version": VERSION, **asdict(self)}
+        (folder / FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Layout":
+        """Read layout.json.
+
+        Raises:
+            CheckpointError: it is missing, broken, or of another version.
+        """
+        path = folder / FILE
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document["version"] != VERSION:
+                raise CheckpointError(f"{path}: version {document['version']}; this bigtune reads version {VERSION}")
+            return cls(
+                world_size=document["world_size"],
+                dtype=document["dtype"],
+                sub_groups=tuple(_sub_group(entry) for entry in document["sub_groups"]),
+                tied=document["tied"],
+            )
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder.absolute()}: no {FILE}; this is no bigtune checkpoint") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: broken layout ({error!r})") from None
+
+
+def _sub_group(entry: Mapping[str, Any]) -> SubGroup:
+    return SubGroup(
+        index=entry["index"],
+        group=entry["group"],
+        numel=entry["numel"],
+        parameters=tuple(Parameter(**{**item, "shape": tuple(item["shape"])}) for item in entry["parameters"]),
+        states={name: State(**state) for name, state in entry["states"].items()},
+        scalars=entry["scalars"],
+    )
+
+
+def rank_file(folder: Path, rank: int, world_size: int) -> Path:
+    """The file that one rank writes."""
+    return folder / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """The folder of one step's checkpoint."""
+    return checkpoints / f"step-{step}"
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The newest whole checkpoint, as `latest` names it.
+
+    Raises:
+        CheckpointError: `latest` names a folder that is not there.
+    """
+    pointer = checkpoints / "latest"
+    if not pointer.is_file():
+        return None
+    folder = checkpoints / pointer.read_text(encoding="utf-8").strip()
+    if not (folder / FILE).is_file():
+        raise CheckpointError(f"{pointer}: names {folder.name}, which is no checkpoint; write another step's name in it")
+    return folder

@@ -1,0 +1,130 @@
+"""The command line: each command parses, loads the run file, and calls one stage.
+
+Stages are imported where they are called, so that `bigtune --help` needs no torch.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from bigtune import __version__
+from bigtune.errors import BigtuneError, ConfigError
+
+
+class _Group(click.Group):
+    """Prints a user's mistake as one line; what is not one keeps its traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except BigtuneError as error:
+            _fail(error)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+
+
+def _fail(error: BigtuneError) -> NoReturn:
+    click.echo(f"Error: {error}", err=True)
+    sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def _example(*lines: str) -> str:
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+_overrides = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in optim.learning_rate=1e-4."
+)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Tune pretrained language models on instruction data, exactly, on DeepSpeed ZeRO-3."""
+
+
+@main.command(epilog=_example("bigtune prepare recipes/gsm8k.yaml"))
+@click.argument("run_file")
+@_overrides
+def prepare(run_file: str, overrides: tuple[str, ...]) -> None:
+    """Tokenize the sources of RUN_FILE into a document store. Does nothing if it is there already."""
+    from bigtune.config import load_run
+    from bigtune.launch.stages import prepare_documents
+
+    prepare_documents(load_run(run_file, overrides))
+
+
+@main.command(epilog=_example("bigtune train recipes/gsm8k.yaml --ranks 2 --set train.steps=20"))
+@click.argument("run_file")
+@click.option("--ranks", type=click.IntRange(min=1), help="Workers on this host. Default: its GPUs, or 1.")
+@click.option("--resume", metavar="latest|step-N|PATH", help="Default: the latest checkpoint, if there is one.")
+@click.option("--oversubscribe", is_flag=True, help="Allow more ranks than cores.")
+@_overrides
+def train(
+    run_file: str, ranks: int | None, resume: str | None, oversubscribe: bool, overrides: tuple[str, ...]
+) -> None:
+    """Train RUN_FILE on this host's workers, each on cores or a GPU of its own.
+
+    Goes on from the latest checkpoint of the output folder. Ctrl-C finishes the step and saves. The same by
+    hand: deepspeed --num_accelerators N --module bigtune.train RUN_FILE.
+    """
+    from bigtune.config import load_run
+    from bigtune.launch.stages import train_here
+
+    sys.exit(train_here(load_run(run_file, overrides), run_file, overrides, ranks, resume, oversubscribe))
+
+
+@main.command(epilog=_example("bigtune merge runs/gsm8k/checkpoints/step-60 --output models/gsm8k"))
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the merged model.")
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Default: the base model's own."
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Of one safetensors file.")
+def merge(checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str) -> None:
+    """Merge CHECKPOINT (a step-N folder, or a run's output folder for its latest) into a Hugging Face model."""
+    from bigtune.checkpoint.merge import merge as merge_checkpoint
+    from bigtune.checkpoint.merge import parse_size
+    from bigtune.progress import bar
+
+    with bar("merge") as shown:
+        merge_checkpoint(checkpoint, output, dtype, parse_size(max_shard_size), shown.advance_to)
+    click.echo(output)
+
+
+@main.command(epilog=_example("bigtune evaluate recipes/gsm8k.yaml --model models/gsm8k --json"))
+@click.argument("run_file")
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="A Hugging Face model folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@_overrides
+def evaluate(run_file: str, model: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
+    """Score a model on the held-out rows of RUN_FILE: loss and exact match, by task."""
+    from bigtune.config import load_run
+    from bigtune.launch.stages import evaluate_model
+
+    report = evaluate_model(load_run(run_file, overrides), model)
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=1))
+    else:
+        from rich.console import Console
+
+        from bigtune.evaluate.report import render
+
+        Console().print(render(report))
+
+
+@main.command(epilog=_example("bigtune demo --output runs/demo"))
+@click.option("--output", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+def demo(output: Path) -> None:
+    """Pretrain, tune, merge and evaluate a small model on this host, in a few minutes, from data made here."""
+    from bigtune.demo.story import tell
+
+    tell(output)
+
+
+if __name__ == "__main__":
+    main()

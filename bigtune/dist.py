@@ -1,0 +1,95 @@
+"""Who this process is among the workers, and the few reductions that they share.
+
+`World` is plain data and needs no torch; the functions below it do. A launcher (DeepSpeed's, torchrun, …)
+describes the world in the environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE or LOCAL_WORLD_SIZE.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One worker's place. Data ranks equal ranks as long as every rank computes rows of its own."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    node: int = 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "World":
+        """Read the launcher's variables; without any, this is the only worker."""
+
+        def number(*names: str, default: int) -> int:
+            return next((int(environment[name]) for name in names if name in environment), default)
+
+        world_size = number("WORLD_SIZE", default=1)
+        return cls(
+            rank=number("RANK", default=0),
+            world_size=world_size,
+            local_rank=number("LOCAL_RANK", default=0),
+            local_size=number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=world_size),
+            node=number("CROSS_RANK", "GROUP_RANK", default=0),
+        )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this worker writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a global batch this worker computes."""
+        return self.rank
+
+    @property
+    def data_world(self) -> int:
+        """Over how many workers a global batch is dealt."""
+        return self.world_size
+
+
+def all_sum(values: Sequence[float]) -> list[float]:
+    """Sum numbers over all ranks, in float64: exact for counts up to 2^53."""
+    import torch
+    from torch import distributed
+
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device())
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.all_reduce(tensor)
+    return [float(value) for value in tensor.tolist()]
+
+
+def all_agree(ok: bool) -> bool:
+    """Whether `ok` holds on every rank."""
+    return all_sum([0.0 if ok else 1.0])[0] == 0.0
+
+
+def from_main(value: float) -> float:
+    """Rank 0's number, on every rank."""
+    from torch import distributed
+
+    main = not distributed.is_initialized() or distributed.get_rank() == 0
+    return all_sum([value if main else 0.0])[0]
+
+
+def device() -> "torch.device":
+    """The device of this worker: its GPU where CUDA works, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def gather(text: str) -> list[str]:
+    """Every rank's text, on every rank, in the order of ranks."""
+    from torch import distributed
+
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return [text]
+    texts = [""] * distributed.get_world_size()
+    distributed.all_gather_object(texts, text)
+    return texts

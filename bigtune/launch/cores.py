@@ -1,0 +1,32 @@
+"""Cores and threads: each worker of a host gets cores of its own.
+
+DeepSpeed's launcher leaves every rank all cores, and as many threads; two ranks on two cores then fight.
+"""
+
+import os
+from collections.abc import Sequence
+
+from bigtune.dist import World
+
+
+def cores_of(world: World, cores: Sequence[int]) -> list[int]:
+    """The cores of one worker: an even, contiguous share; one shared core where there are too few."""
+    if world.local_size >= len(cores):
+        return [cores[world.local_rank % len(cores)]]
+    start = world.local_rank * len(cores) // world.local_size
+    end = (world.local_rank + 1) * len(cores) // world.local_size
+    return list(cores[start:end])
+
+
+def bind(world: World) -> list[int]:
+    """Bind this process to its cores and set its threads; call it before torch is imported.
+
+    A worker that is bound already (by numactl, srun or a batch system) keeps what it was given: it then has
+    other cores than its parent.
+    """
+    mine = sorted(os.sched_getaffinity(0))
+    if mine == sorted(os.sched_getaffinity(os.getppid())):
+        mine = cores_of(world, mine)
+        os.sched_setaffinity(0, mine)
+    os.environ["OMP_NUM_THREADS"] = str(len(mine))
+    return mine

@@ -1,0 +1,134 @@
+"""Workers on this host, through DeepSpeed's launcher, and their end.
+
+    bigtune train ──▶ deepspeed.launcher.launch ──▶ bigtune.train (one a rank)
+
+The launcher gets a session of its own, so that Ctrl-C reaches this process alone: it asks the workers to
+finish their step and save. A second Ctrl-C ends them at once.
+"""
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from bigtune.errors import LaunchError
+from bigtune.train.console import CHILD
+from bigtune.train.signals import STOPPED, end_with_parent
+
+
+def default_ranks() -> int:
+    """The number of GPUs; without any, one worker with all cores."""
+    return len(gpus()) or 1
+
+
+def gpus() -> list[int]:
+    """This host's CUDA devices, as far as CUDA_VISIBLE_DEVICES lets them be seen."""
+    if not Path("/dev/nvidiactl").exists():
+        return []  # spares importing torch
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return [int(part) for part in visible[:count]] if all(part.isdigit() for part in visible) else list(range(count))
+
+
+def check_ranks(ranks: int, oversubscribe: bool) -> None:
+    """Refuse more workers than the host can serve.
+
+    Raises:
+        LaunchError: more ranks than GPUs, or than cores without `oversubscribe`.
+    """
+    devices, cores = len(gpus()), len(os.sched_getaffinity(0))
+    if devices and ranks > devices:
+        raise LaunchError(f"--ranks {ranks}: this host has {devices} GPUs; give at most --ranks {devices}")
+    if not devices and ranks > cores and not oversubscribe:
+        raise LaunchError(
+            f"--ranks {ranks}: this host has {cores} cores, and ranks that share one are slow; "
+            f"give at most --ranks {cores}, or --oversubscribe"
+        )
+
+
+def launch(ranks: int, worker_arguments: Sequence[str], output: Path, environment: dict[str, str]) -> int:
+    """Run `bigtune.train` on `ranks` workers and wait.
+
+    Returns:
+        0, or 130 if the run was interrupted and the workers saved and left.
+
+    Raises:
+        LaunchError: a worker failed; the message is that of the rank that failed first.
+    """
+    for old in (output / "logs").glob("rank-*.error"):
+        old.unlink()
+    devices = gpus()[:ranks] or list(range(ranks))
+    world_info = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+    command = [
+        sys.executable, "-u", "-m", "deepspeed.launcher.launch",
+        f"--world_info={world_info}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}",
+        "--log_level=critical", "--module", "bigtune.train", *worker_arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, **environment, CHILD: "1"}
+    if not gpus():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
+    interrupted = _Interrupts(process)
+    code = process.wait()
+    interrupted.restore()
+    if code == 0:
+        return STOPPED if interrupted.count else 0
+    if interrupted.count > 1:
+        return STOPPED
+    raise LaunchError(_first_error(output, code))
+
+
+class _Interrupts:
+    """Passes SIGINT and SIGTERM on: first as a request to the workers, then to their launcher, then SIGKILL."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        self.process, self.count = process, 0
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count == 1:
+            print("\nstopping: the workers finish their step and save; again to end them at once", file=sys.stderr)
+            for worker in _children(self.process.pid):
+                worker.send_signal(signal.SIGTERM)
+        else:
+            for child in _children(self.process.pid):
+                child.kill()
+            self.process.kill()
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _first_error(output: Path, code: int) -> str:
+    """What the rank that failed first has to say."""
+    errors = sorted((output / "logs").glob("rank-*.error"), key=lambda path: path.stat().st_mtime_ns)
+    if errors:
+        rank = errors[0].stem.removeprefix("rank-")
+        return f"rank {rank}: {errors[0].read_text(encoding='utf-8').strip()}"
+    ending = f"was ended by signal {code - 128 if code > 128 else -code}" if code < 0 or code > 128 else f"ended with code {code}"
+    return f"a worker {ending} without a word (out of memory?); see {output / 'logs'}"
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

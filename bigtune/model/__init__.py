@@ -1,0 +1,1 @@
+"""The model: read from shards, attention over packed documents, and the loss head."""

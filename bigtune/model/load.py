@@ -1,0 +1,102 @@
+"""A pretrained model without its weights, and the rules by which a rank reads its share of them.
+
+    config.json ──▶ skeleton on the meta device ──▶ ZeRO-3 partitions, each filled from its byte range
+                                                    (the conversion itself is the engine's)
+
+No rank ever holds the whole model (design, rule 5).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bigtune.errors import ModelError
+from bigtune.model import attention
+from bigtune.model.shards import Shards
+
+
+def read_config(folder: Path) -> Any:
+    """The model's configuration, from a local folder only.
+
+    Raises:
+        ModelError: the folder, or a readable config.json in it, is missing.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model.path: {folder.absolute()} is no folder")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.path: {folder.absolute()} has no config.json; it must be a Hugging Face model")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}/config.json: {str(error).splitlines()[0]}") from None
+
+
+def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model on the meta device, with packed attention; its parameters hold no memory."""
+    config = read_config(folder)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention.NAME
+            )
+    except ValueError as error:
+        raise ModelError(f"{folder}: {config.model_type} is no causal language model: {error}") from None
+    model.train()
+    return model
+
+
+def check_tensors(model: nn.Module, shards: Shards) -> None:
+    """Every parameter and saved buffer has a tensor of its shape.
+
+    Raises:
+        ModelError: names the tensors that are missing or misshapen.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wanted |= {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
+    missing = [name for name in wanted if name not in shards.places]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(f"{shards.folder}: the files lack {len(missing)} tensors of the model: {shown}")
+    for name, shape in wanted.items():
+        if shards.places[name].shape != shape:
+            raise ModelError(
+                f"{shards.folder}: tensor {name} has shape {list(shards.places[name].shape)}, "
+                f"the config asks for {list(shape)}"
+            )
+
+
+def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a model's files hold (few models have any)."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def materialise_buffers(model: nn.Module, shards: Shards, device: torch.device) -> None:
+    """Give every buffer memory and its value: from the files, or as the model itself computes it."""
+    saved = saved_buffers(model)
+    for module_name, module in model.named_modules():
+        computed = False
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            full = f"{module_name}.{name}" if module_name else name
+            real = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+            if full in saved:
+                shards.read(full, 0, real.numel(), real.view(-1))
+            else:
+                computed = True
+            module._buffers[name] = real
+        if computed:
+            model._init_weights(module)  # type: ignore[operator]  # transformers' own way to fill them
+
+
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "vocab.*", "merges.txt", "tekken.json", "spiece.model",
+)  # fmt: skip
+
+
+def companion_files(folder: Path) -> dict[str, Path]:
+    """What makes a model of the weights, by name: config, generation config, tokenizer, chat template."""
+    return {path.name: path for pattern in COMPANIONS for path in sorted(folder.glob(pattern)) if path.is_file()}

@@ -1,0 +1,1 @@
+"""Training: one exact optimizer step after another, on DeepSpeed ZeRO-3."""

@@ -1,0 +1,74 @@
+"""One worker: `deepspeed --num_accelerators 2 --module bigtune.train RUN.yaml`.
+
+It needs nothing set by hand: it takes its cores, prepares the data if no one has, and ends with its parent.
+Cores and threads are set before torch is imported; that is why imports stand where they are needed.
+"""
+
+import os
+import sys
+import time
+
+BEGAN = time.monotonic()
+
+import click  # noqa: E402
+
+from bigtune.config import load_run  # noqa: E402
+from bigtune.dist import World  # noqa: E402
+from bigtune.errors import BigtuneError  # noqa: E402
+from bigtune.launch.cores import bind  # noqa: E402
+from bigtune.train.signals import StopRequest, end_with_parent  # noqa: E402
+
+PREPARED = "BIGTUNE_PREPARED"
+"""Set by `bigtune train`, which prepares before it starts workers."""
+
+
+@click.command()
+@click.argument("run_file")
+@click.option("--set", "overrides", multiple=True, help="section.key=value; may be given again")
+@click.option("--resume", default=None, help="latest, step-N or a path")
+@click.option("--local_rank", type=int, default=None, hidden=True, help="given by DeepSpeed's launcher")
+def main(run_file: str, overrides: tuple[str, ...], resume: str | None, local_rank: int | None) -> None:
+    """Train RUN_FILE on this rank. Start it through a launcher."""
+    stop = StopRequest()
+    end_with_parent()
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    world = World.from_environment()
+    bind(world)
+    try:
+        run = load_run(run_file, overrides)
+    except BigtuneError as error:
+        sys.exit(f"Error: {error}" if world.is_main else 1)
+
+    from bigtune.train.console import WorkerConsole
+
+    console = WorkerConsole(run.output, world)
+    try:
+        _work(run, world, resume, stop, console)
+    except BaseException as error:
+        console.fail(error)
+        sys.stdout.flush()
+        os._exit(1)  # at once: the other ranks may wait in a collective
+
+
+def _work(run, world, resume, stop, console) -> None:  # type: ignore[no-untyped-def]
+    from bigtune.data.prepare import prepare
+
+    if PREPARED not in os.environ:
+        manifest = prepare(run.data, run.model.path, run.store)  # the first rank works, the others wait
+        console.say(manifest.summary())
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a search and a warning
+    from bigtune.train.engine import connect
+    from bigtune.train.loop import train
+    from bigtune.train.start import find_start
+
+    connect(world)
+    train(run, world, find_start(run, resume), stop, console, BEGAN)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

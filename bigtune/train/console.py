@@ -1,0 +1,58 @@
+"""Where a worker's words go: its own log file, and from rank 0 the terminal as well.
+
+Anything that libraries write to a worker's standard streams goes to `logs/rank-N.log`, so that a terminal
+shows one clean account of the run.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from bigtune.dist import World
+from bigtune.errors import BigtuneError
+from bigtune.progress import Bar
+
+CHILD = "BIGTUNE_CHILD"
+"""Set by `bigtune train`, which then shows the workers' errors itself."""
+
+
+class WorkerConsole:
+    """The streams of one worker."""
+
+    def __init__(self, output: Path, world: World) -> None:
+        """Send standard output and error to the log file, and keep the terminal at hand."""
+        logs = output / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        self.world = world
+        self.error_file = logs / f"rank-{world.rank}.error"
+        self.error_file.unlink(missing_ok=True)
+        self.terminal = os.fdopen(os.dup(1), "w", buffering=1)
+        log = os.open(logs / f"rank-{world.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+
+    def say(self, text: str) -> None:
+        """One line for the log, and from rank 0 for the terminal."""
+        print(text, flush=True)
+        if self.world.is_main:
+            print(text, file=self.terminal, flush=True)
+
+    def bar(self, stage: str) -> Bar | None:
+        """A progress bar on rank 0's terminal."""
+        return Bar(stage, self.terminal) if self.world.is_main else None
+
+    def fail(self, error: BaseException) -> None:
+        """Record why this worker ends: one line for a user's mistake, with the traceback for a bug of ours."""
+        ours = not isinstance(error, BigtuneError)
+        line = f"{type(error).__name__}: {error}" if ours else str(error)
+        if ours:
+            traceback.print_exception(error)
+            line += f" (a bug of bigtune; the traceback is in {self.error_file.with_suffix('.log')})"
+        else:
+            print(line, file=sys.stderr, flush=True)
+        self.error_file.write_text(line + "\n", encoding="utf-8")
+        if CHILD not in os.environ:
+            print(f"Error: rank {self.world.rank}: {line}", file=self.terminal, flush=True)

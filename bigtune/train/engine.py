@@ -1,0 +1,228 @@
+"""The one place that knows DeepSpeed: partitions filled from shards, exact micro-steps, the optimizer step.
+
+DeepSpeed's internals that the checkpoint needs are named here and nowhere else: `Partitions` is what the
+rest of bigtune sees of them.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from bigtune.config import Optim
+from bigtune.data.stream import MicroBatch
+from bigtune.dist import World, device
+from bigtune.model.head import LossHead, replace_head
+from bigtune.model.load import check_tensors, materialise_buffers, skeleton
+from bigtune.model.shards import Shards
+from bigtune.train.optim import build_optimizer, parameter_groups
+
+
+def connect(world: World) -> None:
+    """Join the other workers: NCCL on CUDA, gloo elsewhere."""
+    import deepspeed
+
+    # The shared-memory op would be compiled here, though only inference collectives use it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+
+
+class Objective(nn.Module):
+    """A causal language model with its loss: what the engine calls, once a micro-batch on every rank."""
+
+    def __init__(self, model: nn.Module, head: LossHead) -> None:
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """The summed cross-entropy in nats over the micro-batch's supervised tokens, a float32 scalar."""
+        here = device()
+        hidden_SD = self.model.base_model(
+            input_ids=torch.from_numpy(batch.input_ids)[None].to(here),
+            position_ids=torch.from_numpy(batch.position_ids)[None].to(here),
+            use_cache=False,
+            document_offsets=batch.document_offsets.tolist(),
+        )[0][0]
+        predict_at_T = torch.from_numpy(batch.predict_at).to(here)
+        return cast(torch.Tensor, self.head(hidden_SD[predict_at_T], torch.from_numpy(batch.targets).to(here)))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One parameter in a rank's flat partition. Every rank has the same layout, with other elements.
+
+    `length` elements from `offset`; the parameter's element `rank × length` comes first, and what lies
+    past its last element is padding.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class SubGroup:
+    """One flat partition: its optimizer group, its parameters, its float32 values and optimizer state."""
+
+    index: int
+    group: dict[str, Any]
+    places: tuple[Place, ...]
+    master: torch.Tensor
+    state: dict[str, Any]
+
+
+class Engine:
+    """A model on ZeRO-3 with its optimizer."""
+
+    def __init__(
+        self, model_path: Path, optim: Optim, ds_config: dict[str, Any], precision: str, world: World
+    ) -> None:
+        """Load this rank's partitions and set the engine up.
+
+        Raises:
+            ModelError: the folder is no model, tensors are missing or misshapen, or the head is unsupported.
+        """
+        import deepspeed
+
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        model = skeleton(model_path, dtype)
+        shards = Shards(model_path)
+        check_tensors(model, shards)
+        self.tied = _tied_names(model)
+        self.parameters = _partition(model, shards, ds_config, dtype, world)
+        materialise_buffers(model, shards, device())
+        head = replace_head(model)
+        self.world, self.dtype = world, precision
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=Objective(model, head),
+            optimizer=build_optimizer(parameter_groups(model, optim), optim),
+            config=ds_config,
+        )
+        if self._engine.device.type == "cpu":
+            ctypes.CDLL(None).malloc_trim(0)  # what initialize used and freed
+
+    def micro_step(self, batch: MicroBatch, supervised: int, last: bool) -> torch.Tensor:
+        """Forward and backward of one micro-batch of a step.
+
+        Args:
+            supervised: supervised tokens of the whole global batch, over all ranks and micro-steps.
+            last: whether this is the step's last micro-batch.
+
+        Returns:
+            This micro-batch's summed loss, detached.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss: torch.Tensor = self._engine(batch)
+        # DeepSpeed averages gradients over the ranks; times world makes that the sum which rule 1 asks for.
+        self._engine.backward(loss * (self.world.world_size / max(1, supervised)), scale_wrt_gas=False)
+        return loss.detach()
+
+    def step(self, learning_rate: float) -> bool:
+        """The optimizer step of the gradients so far; False if it was skipped for a non-finite one."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    @property
+    def grad_norm(self) -> float:
+        """The global norm of the last step's gradient, before clipping."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that steps the flat partitions."""
+        return cast(torch.optim.Optimizer, self._optimizer.optimizer)
+
+    def sub_groups(self) -> Iterator[SubGroup]:
+        """This rank's flat partitions, in DeepSpeed's order."""
+        zero = self._optimizer
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        for index, parameters in enumerate(zero.fp16_groups):
+            places, offset = [], 0
+            for parameter in parameters:
+                length = parameter.partition_numel()
+                places.append(Place(names[id(parameter)], tuple(parameter.ds_shape), offset, length))
+                offset += length
+            master = zero.fp32_partitioned_groups_flat[index]
+            yield SubGroup(
+                index=index,
+                group=zero.param_groups[zero.sub_group_to_group_id[index]],
+                places=tuple(places),
+                master=master,
+                state=zero.optimizer.state[master],
+            )
+
+    def refresh(self) -> None:
+        """Make the model compute with the master values, after they were overwritten."""
+        zero = self._optimizer
+        zero._partition_all_parameters()  # gathered persistent parameters would be stale
+        for index, master in enumerate(zero.fp32_partitioned_groups_flat):
+            flat = zero.fp16_partitioned_groups_flat[index]
+            if flat.data_ptr() != master.data_ptr():
+                flat.data.copy_(master.data)
+            zero._unflatten_partitioned_parameters(index)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that several modules share: name → the name that is kept."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    return tied
+
+
+def _partition(
+    model: nn.Module, shards: Shards, ds_config: dict[str, Any], dtype: torch.dtype, world: World
+) -> dict[str, nn.Parameter]:
+    """Replace every meta parameter by a ZeRO-3 one whose partition is read from its byte range.
+
+    The same as `zero.Init` and `from_pretrained` would leave behind, to the last bit, but no rank reads or
+    holds more than its share.
+
+    Returns:
+        The ZeRO-3 parameters by Hugging Face's names.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+
+    init = deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype)
+    parameters: dict[str, nn.Parameter] = {}
+    replaced: dict[int, nn.Parameter] = {}
+    for name, old in model.named_parameters():
+        # A stand-in with the full shape and zero strides: it takes no memory.
+        new = nn.Parameter(torch.empty(1, dtype=dtype, device=device()).expand(old.shape), old.requires_grad)
+        new.__dict__.update(old.__dict__)
+        init._convert_to_deepspeed_param(new)
+        length = -(-old.numel() // world.world_size)
+        partition = torch.zeros(length, dtype=dtype, device=device())
+        start = length * world.rank
+        count = min(length, max(0, old.numel() - start))
+        if count:
+            shards.read(name, start, count, partition)
+        partition.ds_numel = length  # type: ignore[attr-defined]
+        partition.status = PartitionedParamStatus.AVAILABLE  # type: ignore[attr-defined]
+        partition.final_location = None  # type: ignore[attr-defined]
+        new.ds_tensor = partition  # type: ignore[attr-defined]
+        new.ds_numel_aligned = length * world.world_size  # type: ignore[attr-defined]
+        new.data = torch.empty(0, dtype=dtype, device=device())
+        new.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+        parameters[name] = replaced[id(old)] = new
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = replaced[id(parameter)]
+    return parameters

@@ -1,0 +1,94 @@
+"""metrics.jsonl: one line an optimizer step, and the one reduction a step that its sums come from.
+
+A step's loss is known on a rank after its backward pass. It is summed over the ranks together with the next
+step's counts, so that nothing adds a collective of its own; hence a line is written one step later, or when
+a checkpoint or the end asks for it.
+"""
+
+import json
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bigtune import dist
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """One step's sums over all ranks. `loss` is the step before's, in nats over its supervised tokens."""
+
+    supervised: int
+    tokens: int
+    stop: bool
+    loss: float
+
+
+def reduce_totals(supervised: int, tokens: int, stop: bool, loss: float) -> Totals:
+    """The control reduction: called once a step on every rank, after the step's rows are fetched."""
+    sums = dist.all_sum([supervised, tokens, float(stop), loss])
+    return Totals(int(sums[0]), int(sums[1]), sums[2] > 0, sums[3])
+
+
+@dataclass(slots=True)
+class MetricsLog:
+    """Rank 0's metrics file; on other ranks it writes nothing.
+
+    `start` is `time.monotonic()` at the start of the process.
+    """
+
+    path: Path | None
+    start: float
+    last: dict[str, Any] = field(default_factory=dict)
+    _pending: dict[str, Any] = field(default_factory=dict)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which a resumed run computes again."""
+        if self.path is None or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # a line that a kill cut off
+        aside = self.path.with_suffix(".new")
+        aside.write_text("".join(kept), encoding="utf-8")
+        aside.replace(self.path)
+
+    def hold(self, line: dict[str, Any]) -> None:
+        """Keep a step's line until its loss is known."""
+        self._pending = line
+
+    def complete(self, loss_sum: float) -> None:
+        """Write the line held, if any, with the loss a supervised token."""
+        if not self._pending:
+            return
+        line, self._pending = self._pending, {}
+        line["loss"] = loss_sum / max(1, line["supervised_tokens"])
+        self.last = line
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_without_nan(line)) + "\n")
+
+    def elapsed(self) -> float:
+        """Seconds since the process started."""
+        return time.monotonic() - self.start
+
+
+def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: they become null."""
+    return {
+        key: None if isinstance(value, float) and not -1e300 < value < 1e300 else value for key, value in line.items()
+    }
+
+
+def peak_memory_gib() -> float:
+    """The most memory that this worker has held: of its GPU on CUDA, of the process elsewhere."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,106 @@
+"""The optimizer over three parameter groups.
+
+    matrices     weight decay, 8-bit states where asked for
+    embeddings   embedding and output head: no decay, 32-bit states
+    vectors      norms and biases: no decay, 32-bit states
+
+Decay and state precision belong to the group. They are never left to a tensor's size or identity, since
+ZeRO-3 flattens a group into partitions whose size depends on the world.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigtune.config import Optim
+
+CODE_BOOKS = {"qmap1": "dynamic", "qmap2": "udynamic"}
+GROUPS = ("matrices", "embeddings", "vectors")
+BLOCK = 256
+"""Elements that share one scale in 8-bit states (Dettmers et al., https://arxiv.org/abs/2110.02861)."""
+
+
+def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters, in the order of `GROUPS`; empty ones are left out.
+
+    Call it before parameters are partitioned or after: shapes are taken from ZeRO-3 where it hides them.
+    """
+    embeddings = {
+        id(parameter)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        for name, parameter in module.named_parameters()
+        if name == "weight"
+    }
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            kind = "embeddings" if id(parameter) in embeddings else "matrices" if len(shape) > 1 else "vectors"
+            members[kind].append(parameter)
+    return [
+        {
+            "name": name,
+            "params": parameters,
+            "weight_decay": optim.weight_decay if name == "matrices" else 0.0,
+            "optim_bits": 8 if name == "matrices" and optim.name == "adamw_8bit" else 32,
+        }
+        for name, parameters in members.items()
+        if parameters
+    ]
+
+
+def build_optimizer(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
+    """The optimizer named in the run file, with AdamW's decoupled decay (https://arxiv.org/abs/1711.05101)."""
+    settings: dict[str, Any] = {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.epsilon}
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    return _adamw_8bit(groups, settings)
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    import bitsandbytes  # takes seconds to import, so only where it is used
+
+    class AdamW8bitByGroup(bitsandbytes.optim.AdamW8bit):  # type: ignore[misc]
+        """State precision from the group; bitsandbytes decides it by tensor size and identity."""
+
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            config: dict[str, Any] = super().get_config(gindex, pindex, group)
+            return config | {"optim_bits": group["optim_bits"], "min_8bit_size": 0}
+
+    optimizer: torch.optim.Optimizer = AdamW8bitByGroup(groups, **settings)
+    return optimizer
+
+
+def export_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """What a checkpoint keeps of one partition's state: tensors, and numbers such as the step.
+
+    8-bit code books are constants and are left out.
+    """
+    tensors, scalars = {}, {}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            scalars[name] = float(value)
+        elif name not in CODE_BOOKS:
+            tensors[name] = value
+    return tensors, scalars
+
+
+def import_state(
+    optimizer: torch.optim.Optimizer,
+    partition: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor],
+    scalars: Mapping[str, float],
+) -> None:
+    """Give a partition the state that `export_state` took, in the form that its optimizer keeps it in."""
+    state: dict[str, Any] = {name: tensor.to(partition.device) for name, tensor in tensors.items()}
+    if "state1" in state:  # bitsandbytes counts steps in an integer
+        state |= {name: int(value) for name, value in scalars.items()}
+        if state["state1"].dtype == torch.uint8:
+            optimizer.fill_qmap()  # type: ignore[attr-defined]
+            for name, book in CODE_BOOKS.items():
+                state[name] = optimizer.name2qmap[book].to(partition.device)  # type: ignore[attr-defined]
+    else:  # torch in a float32 tensor, on the partition's device
+        state |= {name: torch.tensor(value, device=partition.device) for name, value in scalars.items()}
+    optimizer.state[partition] = state

@@ -1,0 +1,25 @@
+"""The learning rate: a pure function of the step."""
+
+import math
+
+from bigtune.config import Optim
+
+
+def learning_rate(optim: Optim, step: int, steps: int) -> float:
+    """The rate of one optimizer step.
+
+    It rises linearly over `warmup_steps`, whose last step has the full rate, as has the one after; then it
+    falls towards `final_learning_rate` × `learning_rate`, which the step after the last would have. So no
+    step is spent at a rate of zero. Cosine: Loshchilov & Hutter, https://arxiv.org/abs/1608.03983.
+
+    Args:
+        step: counted from 1.
+        steps: the run's last step.
+    """
+    if step <= optim.warmup_steps:
+        return optim.learning_rate * step / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.learning_rate
+    progress = (step - 1 - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    left = 1.0 - progress if optim.schedule == "linear" else (1.0 + math.cos(math.pi * progress)) / 2
+    return optim.learning_rate * (optim.final_learning_rate + (1.0 - optim.final_learning_rate) * left)

@@ -1,0 +1,66 @@
+"""Where a run starts from: the beginning, or a checkpoint that fits it."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bigtune.checkpoint.layout import latest, step_folder
+from bigtune.config import Run
+from bigtune.errors import CheckpointError, ConfigError
+
+MAY_CHANGE = ("train.steps", "train.epochs", "train.micro_batch", "checkpoint", "evaluate", "output", "data.store")
+"""What may differ from the run file in the checkpoint: none of it changes the meaning of the state."""
+
+
+def find_start(run: Run, resume: str | None) -> Path | None:
+    """The checkpoint to go on from; None for the beginning.
+
+    Args:
+        resume: "latest", "step-N" or a path; None for the latest if the output folder has one.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        ConfigError: the run file differs from the checkpoint's in a way that matters.
+    """
+    checkpoints = run.output / "checkpoints"
+    if resume is None or resume == "latest":
+        folder = latest(checkpoints)
+        if folder is None and resume == "latest":
+            raise CheckpointError(f"--resume latest: {checkpoints.absolute()} holds no checkpoint")
+    else:
+        named = step_folder(checkpoints, int(resume[5:])) if resume[:5] == "step-" and resume[5:].isdigit() else None
+        folder = named or Path(resume)
+        if not (folder / "layout.json").is_file():
+            raise CheckpointError(f"--resume {resume}: {folder.absolute()} is no checkpoint")
+    if folder is not None:
+        _check_same_run(run, folder)
+    return folder
+
+
+def _check_same_run(run: Run, folder: Path) -> None:
+    from bigtune.config import load_run
+
+    before = dict(_leaves(load_run(folder / "run.yaml").model_dump(mode="json")))
+    now = dict(_leaves(run.model_dump(mode="json")))
+    changed = [
+        f"{key}: {before.get(key)} → {now.get(key)}"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key) and not _may_change(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{run.output}: holds a run with other settings ({'; '.join(changed)}); "
+            "change them back to go on with it, or give another output"
+        )
+
+
+def _may_change(key: str) -> bool:
+    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,145 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigtune.config import Data, Evaluate
+from bigtune.data.chat import ChatFormat
+from bigtune.data.conversation import Message
+from bigtune.errors import DataError
+from bigtune.evaluate.prompts import Item, build_items, encode
+
+Write = Callable[..., Path]
+
+
+def rows_of(task: str, count: int) -> list[dict[str, Any]]:
+    return [
+        {"question": f"{task} question {i}?", "answer": f"{task} answer {i}", "task": task}
+        for i in range(count)
+    ]
+
+
+def items_of(tokenizer: Any, test: Path, train: Path, seed: int = 0, **settings: Any) -> list[Item]:
+    evaluate = Evaluate.model_validate({"sources": [{"path": test}], **settings})
+    return build_items(evaluate, Data.model_validate({"sources": [{"path": train}]}), tokenizer, seed)
+
+
+def test_plain_prompts_are_few_shot_text_with_answers_ended_by_a_blank_line(
+    tokenizer: Any, write: Write
+) -> None:
+    test = write("test.jsonl", [{"question": "How many?", "answer": "4 + 3\n\n\n#### 7"}])
+    train = write("train.jsonl", [{"question": "What colour?", "answer": "red"}])
+    (item,) = items_of(tokenizer, test, train, prompt="plain", shots=1)
+    assert tokenizer.decode(item.prompt_ids) == "What colour?\nAnswer: red\n\nHow many?\nAnswer:"
+    assert tokenizer.decode(item.answer_ids) == " 4 + 3\n#### 7\n\n"
+    assert (item.question, item.reference) == ("How many?", "4 + 3\n\n\n#### 7")
+
+
+def test_the_end_of_a_plain_answer_has_the_tokens_it_has_between_examples(
+    tokenizer: Any, write: Write
+) -> None:
+    path = write(
+        "test.jsonl", [{"question": "How many?", "answer": "red"}, {"question": "Who?", "answer": "red"}]
+    )
+    item = items_of(tokenizer, path, path, prompt="plain", shots=1)[0]
+    answer, prompt = list(item.answer_ids), list(item.prompt_ids)
+    assert any(prompt[at : at + len(answer)] == answer for at in range(len(prompt)))
+
+
+def test_chat_prompts_are_those_of_training_and_of_inference(tokenizer: Any, write: Write) -> None:
+    test = write("test.jsonl", [{"question": "How many?", "answer": "7"}])
+    train = write("train.jsonl", [{"question": "What colour?", "answer": "red"}])
+    (item,) = items_of(tokenizer, test, train, shots=1)
+    turns = [Message("user", "What colour?"), Message("assistant", "red"), Message("user", "How many?")]
+    text = ChatFormat.of(tokenizer).prompt(turns)
+    assert item.prompt_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(item.answer_ids) == "7</s>"
+
+
+def test_the_last_answer_is_the_reference_and_the_system_turn_stays_first(
+    tokenizer: Any, write: Write
+) -> None:
+    def talk(*said: str) -> dict[str, Any]:
+        roles = ["system", "user", "assistant", "user", "assistant", "user"]
+        return {"messages": [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]}
+
+    test = write("test.jsonl", [talk("Be brief.", "One?", "1", "Two?", "2", "Thanks.")])
+    train = write("train.jsonl", [talk("Be rude.", "Three?", "3")])
+    (item,) = items_of(tokenizer, test, train, shots=1)
+    prompt = tokenizer.decode(item.prompt_ids)
+    assert item.reference == "2"
+    assert prompt.startswith("Be brief.") and "rude" not in prompt and "Thanks" not in prompt
+    assert prompt.index("Three?") < prompt.index("One?") < prompt.index("Two?")
+
+
+@pytest.mark.parametrize("prompt", ["chat", "plain"])
+def test_a_question_is_never_among_its_own_examples(tokenizer: Any, write: Write, prompt: str) -> None:
+    path = write("rows.jsonl", rows_of("sums", 5) * 2)  # every question twice, too
+    for item in items_of(tokenizer, path, path, prompt=prompt, shots=4):
+        text = tokenizer.decode(item.prompt_ids)
+        assert text.count(item.question) == 1
+        assert text.count("sums question") == 5
+
+
+def test_examples_are_of_the_questions_own_task(tokenizer: Any, write: Write) -> None:
+    train = write("train.jsonl", rows_of("sums", 6) + rows_of("names", 6))
+    test = write("test.jsonl", [{"question": "Q?", "answer": "A", "task": "names"}])
+    (item,) = items_of(tokenizer, test, train, shots=3)
+    text = tokenizer.decode(item.prompt_ids)
+    assert text.count("names question") == 3 and "sums" not in text
+
+
+def test_examples_depend_on_the_seed_alone(tokenizer: Any, write: Write) -> None:
+    rows = rows_of("sums", 20)
+    test = write("test.jsonl", [{"question": f"Q{i}?", "answer": "A", "task": "sums"} for i in range(3)])
+    forward, backward = write("train.jsonl", rows), write("backward.jsonl", rows[::-1])
+
+    def examples(train: Path, seed: int) -> list[str]:
+        items = items_of(tokenizer, test, train, seed, prompt="plain", shots=3)
+        return [tokenizer.decode(item.prompt_ids).partition("Q")[0] for item in items]
+
+    first = examples(forward, 1)
+    assert len(set(first)) == 1
+    assert first == examples(backward, 1)
+    assert first != examples(forward, 2)
+
+
+def test_shots_from_replaces_the_training_sources(tokenizer: Any, write: Write) -> None:
+    test = write("test.jsonl", [{"question": "Q?", "answer": "A"}])
+    shots = write("shots.jsonl", rows_of("names", 2))
+    (item,) = items_of(tokenizer, test, test, shots=1, shots_from=[{"path": shots}])
+    assert "names question" in tokenizer.decode(item.prompt_ids)
+
+
+def test_max_rows_samples_from_the_whole_file_and_keeps_its_order(tokenizer: Any, write: Write) -> None:
+    path = write("rows.jsonl", rows_of("sums", 100))
+    kept = [int(item.question.split()[2][:-1]) for item in items_of(tokenizer, path, path, max_rows=10)]
+    assert len(kept) == 10 and kept == sorted(kept) and kept[-1] > 20
+    again = items_of(tokenizer, path, path, max_rows=10)
+    assert kept == [int(item.question.split()[2][:-1]) for item in again]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "said"),
+    [
+        ([], {}, "no row to evaluate on"),
+        ([{"text": "Only text."}], {}, "row 1: an evaluation row needs a question"),
+        (rows_of("sums", 3), {"shots": 3}, "2 other rows of task 'sums'"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_clear_error(
+    tokenizer: Any, write: Write, rows: list[dict[str, Any]], settings: dict[str, Any], said: str
+) -> None:
+    path = write("rows.jsonl", rows)
+    with pytest.raises(DataError, match=said):
+        items_of(tokenizer, path, path, **settings)
+
+
+def test_text_in_an_answer_that_spans_tokens_is_kept_whole(tokenizer: Any) -> None:
+    from bigtune.data.conversation import Conversation
+
+    turns = (Message("user", "Naïve?"), Message("assistant", "é🙂"))
+    ((prompt, answer),) = encode([Conversation(turns, Path("x"), 1)], "plain", tokenizer)
+    assert tokenizer.decode(prompt) == "Naïve?\nAnswer:"
+    assert tokenizer.decode(answer) == " é🙂\n\n"
