@@ -81,9 +81,7 @@ def train(
 @main.command(epilog=_example("bigtune merge runs/gsm8k/checkpoints/step-60 --output models/gsm8k"))
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the merged model.")
-@click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Default: the base model's own."
-)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Default: the base model's own.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of one safetensors file.")
 def merge(checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str) -> None:
     """Merge CHECKPOINT (a step-N folder, or a run's output folder for its latest) into a Hugging Face model."""

@@ -66,9 +66,10 @@ class Optim(Section):
     final_learning_rate: float = Field(
         default=0.0, ge=0, le=1, description="at the last step, as a fraction of learning_rate"
     )
-    betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Strict(False)
-    ] = (0.9, 0.95)
+    betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Strict(False)] = (
+        0.9,
+        0.95,
+    )
     epsilon: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0, description="of the matrices alone")
     max_grad_norm: float = Field(default=1.0, ge=0, description="clips the global norm; 0 turns it off")
@@ -102,7 +103,9 @@ class Evaluate(Section):
     """How a model is scored."""
 
     sources: Sources
-    shots_from: Sources | None = Field(default=None, description="rows to draw few-shot examples from; default: data.sources")
+    shots_from: Sources | None = Field(
+        default=None, description="rows to draw few-shot examples from; default: data.sources"
+    )
     shots: int = Field(default=0, ge=0, description="examples before each question")
     prompt: Literal["chat", "plain"] = Field(
         default="chat", description="the chat template, or plain text for a model that knows none"
@@ -210,9 +213,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parts[:-1]):
         if isinstance(node, list):
             node = node[_index(node, part, override)]
-        elif node.get(part) is None:
-            node = node.setdefault(part, {}) if part not in node else node.__setitem__(part, {}) or node[part]
         else:
+            if node.get(part) is None:
+                node[part] = {}  # a section that the file leaves out
             node = node[part]
         if not isinstance(node, dict | list):
             raise ConfigError(f"--set {override}: {'.'.join(parts[: depth + 1])} is a value, not a section")
@@ -231,8 +234,8 @@ def _index(node: list[Any], part: str, override: str) -> int:
 
 def _explain(problem: Mapping[str, Any]) -> str:
     """One clause for one pydantic error."""
-    where = [part for part in problem["loc"]]
-    dotted = ".".join(str(part) for part in where)
+    where = problem["loc"]
+    dotted = ".".join(map(str, where))
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown key '{dotted}'{_nearest(where)}"

@@ -4,9 +4,15 @@
 describes the world in the environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE or LOCAL_WORLD_SIZE.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +26,7 @@ class World:
     node: int = 0
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "World":
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
         """Read the launcher's variables; without any, this is the only worker."""
 
         def number(*names: str, default: int) -> int:
@@ -75,7 +81,7 @@ def from_main(value: float) -> float:
     return all_sum([value if main else 0.0])[0]
 
 
-def device() -> "torch.device":
+def device() -> torch.device:
     """The device of this worker: its GPU where CUDA works, else the CPU."""
     import torch
 

@@ -160,5 +160,7 @@ def latest(checkpoints: Path) -> Path | None:
         return None
     folder = checkpoints / pointer.read_text(encoding="utf-8").strip()
     if not (folder / FILE).is_file():
-        raise CheckpointError(f"{pointer}: names {folder.name}, which is no checkpoint; write another step's name in it")
+        raise CheckpointError(
+            f"{pointer}: names {folder.name}, which is no checkpoint; write another step's name in it"
+        )
     return folder

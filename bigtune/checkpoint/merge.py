@@ -90,8 +90,7 @@ def _write_weights(
     shards = _split(layout, dtype, shard_bytes)
     total = sum(len(shard) for shard in shards)
     files = [
-        safe_open(rank_file(checkpoint, rank, layout.world_size), framework="pt")
-        for rank in range(layout.world_size)
+        safe_open(rank_file(checkpoint, rank, layout.world_size), framework="pt") for rank in range(layout.world_size)
     ]
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):

@@ -63,12 +63,10 @@ def prepare(data: Data, model_path: Path, store_path: Path, progress: Progress |
         lock.release()
 
 
-def _write(
-    data: Data, inputs: str, model_path: Path, store_path: Path, progress: Progress | None
-) -> Manifest:
+def _write(data: Data, inputs: str, model_path: Path, store_path: Path, progress: Progress | None) -> Manifest:
     chat = ChatFormat.of(load_tokenizer(model_path))
     counts, cutter = ReadCounts(), _Cutter(data)
-    tokens = supervised = documents = 0
+    tokens = supervised = documents = conversations = 0
     with StoreWriter(store_path) as writer:
         for batch in _batches(read_conversations(data.sources, data.on_bad_row, counts)):
             kept = [
@@ -79,6 +77,7 @@ def _write(
             if kept:
                 writer.add([document for document, _ in kept], [conversation for _, conversation in kept])
             documents += len(kept)
+            conversations += sum(bool(conversation.messages) for _, conversation in kept)
             tokens += sum(len(document.input_ids) for document, _ in kept)
             supervised += sum(document.supervised for document, _ in kept)
             if progress is not None:
@@ -89,6 +88,7 @@ def _write(
             sequence_length=data.sequence_length,
             rows=counts.rows,
             documents=documents,
+            conversations=conversations,
             tokens=tokens,
             supervised_tokens=supervised,
             longest_tokens=cutter.longest,

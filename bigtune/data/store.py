@@ -43,6 +43,7 @@ class Manifest:
     sequence_length: int
     rows: int
     documents: int
+    conversations: int  # documents that the chat template was used for; the others are raw text
     tokens: int
     supervised_tokens: int
     longest_tokens: int  # before dropping and truncating
@@ -63,7 +64,7 @@ class Manifest:
             f"{self.documents:,} documents, {self.tokens:,} tokens, {share:.1%} supervised"
             f" (longest {self.longest_tokens:,})"
         )
-        if self.template == "default":
+        if self.template == "default" and self.conversations:
             line += "; the model has no chat template: bigtune's plain one is used"
         losses = [f"dropped {count:,} ({reason})" for reason, count in self.dropped.items()]
         if self.truncated:
@@ -157,9 +158,7 @@ def read_manifest(path: Path) -> Manifest:
     except TypeError:
         raise DataError(f"{path / MANIFEST}: not a manifest of bigtune's; {again}") from None
     if manifest.arrow_bytes != size:
-        raise DataError(
-            f"{path / DOCUMENTS}: {size:,} bytes, where the manifest has {manifest.arrow_bytes:,}; {again}"
-        )
+        raise DataError(f"{path / DOCUMENTS}: {size:,} bytes, where the manifest has {manifest.arrow_bytes:,}; {again}")
     return manifest
 
 
@@ -192,9 +191,7 @@ class Store:
             table = pa.ipc.open_stream(pa.memory_map(str(path / DOCUMENTS))).read_all()
         except (OSError, pa.ArrowInvalid) as error:
             reason = str(error).split("\n")[0]
-            raise DataError(
-                f"{path / DOCUMENTS}: cannot be read ({reason}); run `bigtune prepare RUN.yaml`"
-            ) from None
+            raise DataError(f"{path / DOCUMENTS}: cannot be read ({reason}); run `bigtune prepare RUN.yaml`") from None
         if table.schema != SCHEMA or len(table) != manifest.documents:
             raise DataError(f"{path / DOCUMENTS}: does not fit its manifest; run `bigtune prepare RUN.yaml`")
         return cls(path, manifest, table)

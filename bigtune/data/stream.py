@@ -111,9 +111,7 @@ def steps_of(stream: RowStream, epochs: int, global_batch: int) -> int:
     return -(-stream.total_rows(epochs) // global_batch)
 
 
-def deal(
-    rows: Sequence[Row], data_rank: int, data_world: int, micro_batch: int, global_batch: int
-) -> list[list[Row]]:
+def deal(rows: Sequence[Row], data_rank: int, data_world: int, micro_batch: int, global_batch: int) -> list[list[Row]]:
     """The rows of one global batch that fall to a rank, by micro-step; the same number of micro-steps on all.
 
     Slot j = (micro_step × data_world + data_rank) × micro_batch + i takes row j; slots past the last row

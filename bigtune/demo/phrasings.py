@@ -88,7 +88,11 @@ STORY = {
             "Find the person who has the {thing} now.",
             "Who is the new owner of the {thing}?",
         ),
-        new=("Who received something?", "Please name the new owner of the {thing}.", "Tell me who has the {thing} now."),
+        new=(
+            "Who received something?",
+            "Please name the new owner of the {thing}.",
+            "Tell me who has the {thing} now.",
+        ),
     ),
     "thing": Phrasings(
         seen=(

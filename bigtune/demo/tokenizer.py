@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 EOS, PAD = "<eos>", "<pad>"
 TEMPLATE = "### Instruction:\n\n\n### Response:\n"
-_PIECES = r"\d{1,2}|\p{L}+ ?|, |#+ ?|\n+|[^\p{L}\d\s]|\s+"
+_PIECES = r"\d{1,2}|\p{Ll}+ ?|\p{L}+|, |#+ ?|\n+|[^\p{L}\d\s]|\s+"
 
 
-def train_tokenizer(texts: Iterable[str], path: Path, vocabulary: int = 1536) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], path: Path, vocabulary: int = 1792) -> PreTrainedTokenizerFast:
     """Train a tokenizer, save it under `path`, and return it. It has no chat template of its own."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

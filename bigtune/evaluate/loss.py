@@ -19,9 +19,7 @@ _LOGITS = 2**26
 
 
 @torch.inference_mode()
-def answer_losses(
-    model: Any, items: Sequence[Item], *, progress: Callable[[int], None] | None = None
-) -> list[float]:
+def answer_losses(model: Any, items: Sequence[Item], *, progress: Callable[[int], None] | None = None) -> list[float]:
     """The sum of -log p over each item's answer tokens, the end of the answer included, in the items' order.
 
     Rows are batched by length and padded on the right. Logits are computed at the answers' positions alone.
@@ -86,9 +84,7 @@ def _head_sees_only(model: Any, chosen_BS: torch.Tensor) -> Iterator[None]:
     """
     head = model.get_output_embeddings()
     if head is None:
-        raise ModelError(
-            f"{type(model).__name__} has no output head over the vocabulary; it cannot be evaluated"
-        )
+        raise ModelError(f"{type(model).__name__} has no output head over the vocabulary; it cannot be evaluated")
     hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][chosen_BS][None],))
     try:
         yield

@@ -57,9 +57,7 @@ def build_items(
     for read in read_conversations(evaluate.sources, data.on_bad_row, counts):
         row = _until_answer(read)
         if row is None:
-            raise DataError(
-                f"{read.where}: an evaluation row needs a question and an assistant's answer to it"
-            )
+            raise DataError(f"{read.where}: an evaluation row needs a question and an assistant's answer to it")
         rows.append(row)
     if not rows:
         names = ", ".join(str(source.path) for source in evaluate.sources)
@@ -123,9 +121,7 @@ def encode(
     """
     if prompt == "plain":
         if not tokenizer.is_fast:
-            raise ModelError(
-                f"{tokenizer.name_or_path}: bigtune needs a fast tokenizer; convert it to tokenizer.json"
-            )
+            raise ModelError(f"{tokenizer.name_or_path}: bigtune needs a fast tokenizer; convert it to tokenizer.json")
         return [_encode_plain(dialogue, tokenizer) for dialogue in dialogues]
     pairs = []
     for encoded in ChatFormat.of(tokenizer).encode(dialogues):
@@ -139,9 +135,7 @@ def encode(
 def plain_text(messages: Iterable[Message]) -> str:
     """Turns as text: a line end after what is asked, `Answer: ` before and `PLAIN_END` after an answer."""
     return "".join(
-        f"Answer: {_closed(turn.content)}{PLAIN_END}"
-        if turn.role == "assistant"
-        else f"{turn.content.strip()}\n"
+        f"Answer: {_closed(turn.content)}{PLAIN_END}" if turn.role == "assistant" else f"{turn.content.strip()}\n"
         for turn in messages
     )
 

@@ -97,9 +97,7 @@ def render(report: Report) -> Table:
     table = _table(f"{escape(report.model)} ({_asked(report)})", _left_out(report))
     for group in _groups(report):
         for name, score in group.items():
-            table.add_row(
-                escape(name), str(score.rows), f"{score.held_out_loss:.3f}", f"{score.exact_match:.1%}"
-            )
+            table.add_row(escape(name), str(score.rows), f"{score.held_out_loss:.3f}", f"{score.exact_match:.1%}")
         table.add_section()
     return table
 

@@ -124,7 +124,11 @@ def _first_error(output: Path, code: int) -> str:
     if errors:
         rank = errors[0].stem.removeprefix("rank-")
         return f"rank {rank}: {errors[0].read_text(encoding='utf-8').strip()}"
-    ending = f"was ended by signal {code - 128 if code > 128 else -code}" if code < 0 or code > 128 else f"ended with code {code}"
+    ending = (
+        f"was ended by signal {code - 128 if code > 128 else -code}"
+        if code < 0 or code > 128
+        else f"ended with code {code}"
+    )
     return f"a worker {ending} without a word (out of memory?); see {output / 'logs'}"
 
 

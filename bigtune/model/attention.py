@@ -14,6 +14,7 @@ Shapes: B batch (always 1), S tokens of the flat sequence, H query heads, K key 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def packed_attention(
     offsets = list(document_offsets) if document_offsets is not None else [0, length]
     if offsets[-1] != length:
         raise ValueError(f"document offsets end at {offsets[-1]}, the sequence at {length}")
-    longest = max(end - start for start, end in zip(offsets, offsets[1:], strict=False))
+    longest = max(end - start for start, end in pairwise(offsets))
     _refuse_what_would_be_dropped(longest, options)
     grouped = query_BHSE.shape[1] != key_BKSE.shape[1]
     parts = [
@@ -64,7 +65,7 @@ def packed_attention(
             is_causal=True,
             enable_gqa=grouped,
         )
-        for start, end in zip(offsets, offsets[1:], strict=False)
+        for start, end in pairwise(offsets)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 

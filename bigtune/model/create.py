@@ -93,9 +93,7 @@ def _tokenizer(path: Path, output: Path):  # type: ignore[no-untyped-def]
 @click.option("--heads", default=4, show_default=True)
 @click.option("--context", default=4096, show_default=True, help="tokens")
 @click.option("--seed", default=0, show_default=True)
-def main(
-    tokenizer: Path, output: Path, hidden_size: int, layers: int, heads: int, context: int, seed: int
-) -> None:
+def main(tokenizer: Path, output: Path, hidden_size: int, layers: int, heads: int, context: int, seed: int) -> None:
     """Create a small Llama with fresh weights."""
     try:
         count = create_llama(tokenizer, output, hidden_size, layers, heads, context=context, seed=seed)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from bigtune.errors import ModelError
 
@@ -29,7 +30,7 @@ class LossHead(nn.Module):
 
     def forward(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
         """The summed cross-entropy of T positions, a float32 scalar in nats; 0 for T = 0."""
-        loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_TD, self.weight, self.bias, targets_T)  # type: ignore[no-untyped-call]
+        loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_TD, self.weight, self.bias, targets_T)
         return loss
 
 
@@ -71,13 +72,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         grad_bias_V = None if ctx.grad_bias_V is None else ctx.grad_bias_V * grad_loss
         return grad_hidden_TD * grad_loss, grad_weight_VD.mul_(grad_loss), grad_bias_V, None
 
 
-def replace_head(model: nn.Module) -> LossHead:
+def replace_head(model: PreTrainedModel) -> LossHead:
     """Put a `LossHead` where the model has its output layer, and return it.
 
     Raises:

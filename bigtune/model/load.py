@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bigtune.errors import ModelError
 from bigtune.model import attention
@@ -34,12 +33,12 @@ def read_config(folder: Path) -> Any:
         raise ModelError(f"{folder}/config.json: {str(error).splitlines()[0]}") from None
 
 
-def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
+def skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, with packed attention; its parameters hold no memory."""
     config = read_config(folder)
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention.NAME
             )
     except ValueError as error:
@@ -48,7 +47,7 @@ def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def check_tensors(model: nn.Module, shards: Shards) -> None:
+def check_tensors(model: PreTrainedModel, shards: Shards) -> None:
     """Every parameter and saved buffer has a tensor of its shape.
 
     Raises:
@@ -68,13 +67,13 @@ def check_tensors(model: nn.Module, shards: Shards) -> None:
             )
 
 
-def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+def saved_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The buffers that a model's files hold (few models have any)."""
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
-def materialise_buffers(model: nn.Module, shards: Shards, device: torch.device) -> None:
+def materialise_buffers(model: PreTrainedModel, shards: Shards, device: torch.device) -> None:
     """Give every buffer memory and its value: from the files, or as the model itself computes it."""
     saved = saved_buffers(model)
     for module_name, module in model.named_modules():
@@ -88,7 +87,7 @@ def materialise_buffers(model: nn.Module, shards: Shards, device: torch.device) 
                 computed = True
             module._buffers[name] = real
         if computed:
-            model._init_weights(module)  # type: ignore[operator]  # transformers' own way to fill them
+            model._init_weights(module)  # transformers' own way to fill them
 
 
 COMPANIONS = (

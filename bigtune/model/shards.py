@@ -91,7 +91,7 @@ def _header(path: Path) -> dict[str, TensorPlace]:
 
 
 def _read_into(path: Path, offset: int, target: torch.Tensor) -> None:
-    view = memoryview(target.view(torch.uint8).numpy()).cast("B")
+    view = memoryview(target.view(torch.uint8).numpy().data)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         done = 0

@@ -80,7 +80,7 @@ def complete(preset: dict[str, Any], run: Run, precision: str, hidden_size: int)
             zero[key] = value
     unknown = [path for path, value in _leaves(config) if value == "auto"]
     if unknown:
-        raise ConfigError(f"deepspeed: bigtune cannot fill \"auto\" of {', '.join(unknown)}; give a value")
+        raise ConfigError(f'deepspeed: bigtune cannot fill "auto" of {", ".join(unknown)}; give a value')
     return {
         **config,
         "train_micro_batch_size_per_gpu": run.train.micro_batch,

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from bigtune.config import Optim
 from bigtune.data.stream import MicroBatch
@@ -38,7 +39,7 @@ def connect(world: World) -> None:
 class Objective(nn.Module):
     """A causal language model with its loss: what the engine calls, once a micro-batch on every rank."""
 
-    def __init__(self, model: nn.Module, head: LossHead) -> None:
+    def __init__(self, model: PreTrainedModel, head: LossHead) -> None:
         super().__init__()
         self.model, self.head = model, head
 
@@ -83,9 +84,7 @@ class SubGroup:
 class Engine:
     """A model on ZeRO-3 with its optimizer."""
 
-    def __init__(
-        self, model_path: Path, optim: Optim, ds_config: dict[str, Any], precision: str, world: World
-    ) -> None:
+    def __init__(self, model_path: Path, optim: Optim, ds_config: dict[str, Any], precision: str, world: World) -> None:
         """Load this rank's partitions and set the engine up.
 
         Raises:
@@ -186,7 +185,7 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def _partition(
-    model: nn.Module, shards: Shards, ds_config: dict[str, Any], dtype: torch.dtype, world: World
+    model: PreTrainedModel, shards: Shards, ds_config: dict[str, Any], dtype: torch.dtype, world: World
 ) -> dict[str, nn.Parameter]:
     """Replace every meta parameter by a ZeRO-3 one whose partition is read from its byte range.
 

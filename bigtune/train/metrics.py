@@ -6,8 +6,10 @@ a checkpoint or the end asks for it.
 """
 
 import json
+import math
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 from bigtune import dist
+from bigtune.data.stream import MicroBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +30,10 @@ class Totals:
     loss: float
 
 
-def reduce_totals(supervised: int, tokens: int, stop: bool, loss: float) -> Totals:
+def reduce_totals(batches: Sequence[MicroBatch], stop: bool, held_loss: float) -> Totals:
     """The control reduction: called once a step on every rank, after the step's rows are fetched."""
-    sums = dist.all_sum([supervised, tokens, float(stop), loss])
+    supervised = sum(batch.supervised for batch in batches)
+    sums = dist.all_sum([supervised, sum(batch.tokens for batch in batches), float(stop), held_loss])
     return Totals(int(sums[0]), int(sums[1]), sums[2] > 0, sums[3])
 
 
@@ -43,7 +47,8 @@ class MetricsLog:
     path: Path | None
     start: float
     last: dict[str, Any] = field(default_factory=dict)
-    _pending: dict[str, Any] = field(default_factory=dict)
+    held_loss: float = 0.0
+    _held: dict[str, Any] = field(default_factory=dict)
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps after `step`, which a resumed run computes again."""
@@ -60,20 +65,23 @@ class MetricsLog:
         aside.write_text("".join(kept), encoding="utf-8")
         aside.replace(self.path)
 
-    def hold(self, line: dict[str, Any]) -> None:
-        """Keep a step's line until its loss is known."""
-        self._pending = line
+    def hold(self, loss_sum: float, **line: Any) -> None:
+        """Keep a step's line until its loss is known; `loss_sum` is this rank's."""
+        self._held, self.held_loss = line, loss_sum
+
+    def flush(self) -> None:
+        """Write the line held with a reduction of its own, collectively."""
+        self.complete(dist.all_sum([self.held_loss])[0])
 
     def complete(self, loss_sum: float) -> None:
-        """Write the line held, if any, with the loss a supervised token."""
-        if not self._pending:
+        """Write the line held, if any; `loss_sum` is over all ranks."""
+        if not self._held:
             return
-        line, self._pending = self._pending, {}
-        line["loss"] = loss_sum / max(1, line["supervised_tokens"])
-        self.last = line
+        self.last = {**self._held, "loss": loss_sum / max(1, self._held["supervised_tokens"])}
+        self._held, self.held_loss = {}, 0.0
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_without_nan(line)) + "\n")
+                file.write(json.dumps(_without_nan(self.last)) + "\n")
 
     def elapsed(self) -> float:
         """Seconds since the process started."""
@@ -83,7 +91,7 @@ class MetricsLog:
 def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity: they become null."""
     return {
-        key: None if isinstance(value, float) and not -1e300 < value < 1e300 else value for key, value in line.items()
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from bigtune.config import Optim
 
@@ -22,14 +23,14 @@ BLOCK = 256
 """Elements that share one scale in 8-bit states (Dettmers et al., https://arxiv.org/abs/2110.02861)."""
 
 
-def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+def parameter_groups(model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters, in the order of `GROUPS`; empty ones are left out.
 
     Call it before parameters are partitioned or after: shapes are taken from ZeRO-3 where it hides them.
     """
     embeddings = {
         id(parameter)
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
         for name, parameter in module.named_parameters()
         if name == "weight"
     }

@@ -85,12 +85,8 @@ def test_a_question_without_an_answer_at_the_end_is_left_out(chatml: Any) -> Non
     assert document.input_ids.tolist() == shorter.input_ids.tolist()
 
 
-def test_a_template_that_drops_earlier_answers_is_refused_by_row(
-    make_tokenizer: MakeTokenizer, chatml: Any
-) -> None:
-    made = make_tokenizer(
-        chatml.chat_template.replace("m['content'] +", "(m['content'] if loop.last else '…') +")
-    )
+def test_a_template_that_drops_earlier_answers_is_refused_by_row(make_tokenizer: MakeTokenizer, chatml: Any) -> None:
+    made = make_tokenizer(chatml.chat_template.replace("m['content'] +", "(m['content'] if loop.last else '…') +"))
     with pytest.raises(DataError, match=r"^a.jsonl, row 7: the chat template rewrites earlier turns"):
         ChatFormat.of(made).encode([talk("Hi", "Hello", "And?", "Yes.")])
 

@@ -49,9 +49,7 @@ def test_an_alpaca_input_follows_the_instruction(tmp_path: Path) -> None:
 
 
 def test_raw_text_task_and_tags_are_kept(tmp_path: Path) -> None:
-    [conversation] = read(
-        written(tmp_path / "a.jsonl", {"text": "Once", "task": "story", "tags": ["x", "y"]})
-    )
+    [conversation] = read(written(tmp_path / "a.jsonl", {"text": "Once", "task": "story", "tags": ["x", "y"]}))
     assert (conversation.messages, conversation.text) == ((), "Once")
     assert (conversation.task, conversation.tags) == ("story", ("x", "y"))
 

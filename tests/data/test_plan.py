@@ -34,16 +34,14 @@ def test_seed_and_epoch_decide_the_rows_but_not_their_number() -> None:
 
 def test_neither_rows_nor_documents_stand_by_length() -> None:
     plan = plan_rows(LENGTHS, 1024, seed=3, epoch=0)
+    first, last = LENGTHS[plan.documents[plan.offsets[:-1]]], LENGTHS[plan.documents[plan.offsets[1:] - 1]]
+    assert first.mean() == pytest.approx(last.mean(), rel=0.1)
     counts = np.diff(plan.offsets)
-    longest_first = [LENGTHS[plan.row(i)].argmax() == 0 for i in range(plan.rows)]
-    assert np.mean(longest_first) == pytest.approx(np.mean(1 / counts), rel=0.25)
     half = plan.rows // 2
     assert counts[:half].mean() == pytest.approx(counts[half:].mean(), rel=0.15)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "rows"), [([], 0), ([8], 1), ([8, 8], 2), ([4, 4, 8, 1], 3), ([5, 3, 5, 3], 2)]
-)
+@pytest.mark.parametrize(("lengths", "rows"), [([], 0), ([8], 1), ([8, 8], 2), ([4, 4, 8, 1], 3), ([5, 3, 5, 3], 2)])
 def test_small_cases(lengths: list[int], rows: int) -> None:
     plan = plan_rows(np.array(lengths, dtype=np.int32), 8, seed=0, epoch=0)
     assert plan.rows == rows and len(plan.documents) == len(lengths)

@@ -28,9 +28,7 @@ LONG = qa("Hi", "four " * 200)
 
 
 def data(path: Path, **settings: Any) -> Data:
-    return Data(
-        sources=(Source(path=path),), sequence_length=settings.pop("sequence_length", 128), **settings
-    )
+    return Data(sources=(Source(path=path),), sequence_length=settings.pop("sequence_length", 128), **settings)
 
 
 def test_documents_are_stored_and_counted(write_rows: WriteRows, model_path: Path, tmp_path: Path) -> None:
@@ -76,9 +74,7 @@ def test_a_new_sequence_length_matters_only_to_long_documents(
     write_rows: WriteRows, model_path: Path, tmp_path: Path
 ) -> None:
     rows = write_rows([*SHORT, LONG])
-    made = [
-        prepare(data(rows, sequence_length=n), model_path, tmp_path / "s") for n in (128, 100, 2048, 4096)
-    ]
+    made = [prepare(data(rows, sequence_length=n), model_path, tmp_path / "s") for n in (128, 100, 2048, 4096)]
     prints = [manifest.fingerprint for manifest in made]
     assert [manifest.documents for manifest in made] == [2, 2, 3, 3]
     assert len(set(prints[:3])) == 3 and prints[2] == prints[3]
@@ -125,9 +121,7 @@ def test_nothing_to_train_on_is_an_error(write_rows: WriteRows, model_path: Path
         prepare(data(write_rows([{"a": 1}]), on_bad_row="skip"), model_path, tmp_path / "s")
 
 
-def test_missing_files_are_named_before_any_work(
-    write_rows: WriteRows, model_path: Path, tmp_path: Path
-) -> None:
+def test_missing_files_are_named_before_any_work(write_rows: WriteRows, model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone.jsonl: no such file"):
         prepare(data(tmp_path / "gone.jsonl"), model_path, tmp_path / "s")
     with pytest.raises(ModelError, match=r"no such model folder"):
@@ -153,8 +147,7 @@ def test_of_several_ranks_one_works(
     rows = write_rows(SHORT)
     made: list[Manifest] = []
     ranks = [
-        threading.Thread(target=lambda: made.append(prepare(data(rows), model_path, tmp_path / "s")))
-        for _ in range(4)
+        threading.Thread(target=lambda: made.append(prepare(data(rows), model_path, tmp_path / "s"))) for _ in range(4)
     ]
     for rank in ranks:
         rank.start()

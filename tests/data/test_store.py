@@ -13,10 +13,7 @@ from bigtune.errors import DataError
 
 
 def documents(lengths: list[int]) -> list[Encoded]:
-    return [
-        Encoded(np.arange(n, dtype=np.int32) + 10 * n, np.array([[1, 2], [n - 1, n]], np.int32))
-        for n in lengths
-    ]
+    return [Encoded(np.arange(n, dtype=np.int32) + 10 * n, np.array([[1, 2], [n - 1, n]], np.int32)) for n in lengths]
 
 
 def rows(count: int) -> list[Conversation]:
@@ -24,7 +21,7 @@ def rows(count: int) -> list[Conversation]:
 
 
 def manifest(count: int) -> Manifest:
-    return Manifest("print", "inputs", 64, count, count, 10, 5, 9, 0, dropped={"longer than 64 tokens": 2})
+    return Manifest("print", "inputs", 64, count, count, count, 10, 5, 9, 0, dropped={"longer than 64 tokens": 2})
 
 
 def write(path: Path, *batches: list[int]) -> None:

@@ -20,12 +20,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     path = tmp_path_factory.mktemp("store")
     lengths = np.random.default_rng(0).integers(2, 40, DOCUMENTS)
     documents = [
-        Encoded(np.full(n, i + 1, np.int32), np.array([[n - n // 2, n]], np.int32))
-        for i, n in enumerate(lengths)
+        Encoded(np.full(n, i + 1, np.int32), np.array([[n - n // 2, n]], np.int32)) for i, n in enumerate(lengths)
     ]
     with StoreWriter(path) as writer:
         writer.add(documents, [Conversation((), path, i, text="x") for i in range(DOCUMENTS)])
-        writer.finish(Manifest("f", "i", LENGTH, DOCUMENTS, DOCUMENTS, int(lengths.sum()), 1, 39, 0))
+        writer.finish(Manifest("f", "i", LENGTH, DOCUMENTS, DOCUMENTS, DOCUMENTS, int(lengths.sum()), 1, 39, 0))
     return Store.open(path)
 
 
@@ -51,9 +50,7 @@ def test_every_document_once_an_epoch_for_any_number_of_ranks(store: Store, worl
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 @pytest.mark.parametrize("count", [0, 1, 5, 8])
-def test_a_global_batch_is_the_same_rows_for_any_number_of_ranks(
-    store: Store, micro_batch: int, count: int
-) -> None:
+def test_a_global_batch_is_the_same_rows_for_any_number_of_ranks(store: Store, micro_batch: int, count: int) -> None:
     rows, _ = RowStream(store, LENGTH, seed=5, epochs=None).take(Position(), count)
     for world in (1, 2, 3, 4):
         dealt = [deal(rows, rank, world, micro_batch, global_batch=8) for rank in range(world)]

@@ -47,9 +47,7 @@ def test_scores_come_overall_by_task_and_by_tag(model_folder: Path, write: Write
     }
     by_task = report.by_task.values()
     total = sum(score.held_out_loss * score.answer_tokens for score in by_task)
-    assert report.overall.held_out_loss == pytest.approx(
-        total / sum(score.answer_tokens for score in by_task)
-    )
+    assert report.overall.held_out_loss == pytest.approx(total / sum(score.answer_tokens for score in by_task))
     assert told[-1] == ("generate", 3, 3) and ("loss", 3, 3) in told
     assert [sample.question for sample in report.samples] == [row["question"] for row in ROWS]
     assert json.loads(json.dumps(report.to_json()))["overall"]["rows"] == 3
@@ -79,22 +77,16 @@ def test_rows_too_long_for_the_context_are_left_out_and_counted(model_folder: Pa
     report = report_of(model_folder, path)
     assert (report.overall.rows, report.rows_too_long) == (3, 1)
     assert "1 too long" in shown(render(report))
-    with pytest.raises(
-        DataError, match=r"no row fits.*max_new_tokens \(500\), and the model's context is 256"
-    ):
+    with pytest.raises(DataError, match=r"no row fits.*max_new_tokens \(500\), and the model's context is 256"):
         report_of(model_folder, path, max_new_tokens=500)
 
 
-def test_a_reference_without_a_number_is_an_error_where_numbers_are_compared(
-    model_folder: Path, write: Write
-) -> None:
+def test_a_reference_without_a_number_is_an_error_where_numbers_are_compared(model_folder: Path, write: Write) -> None:
     with pytest.raises(DataError, match=r"row 3: evaluate.answer is 'number'"):
         report_of(model_folder, write("t.jsonl", ROWS), answer="number")
 
 
-def test_a_folder_that_is_no_model_is_one_clear_error(
-    model_folder: Path, write: Write, tmp_path: Path
-) -> None:
+def test_a_folder_that_is_no_model_is_one_clear_error(model_folder: Path, write: Write, tmp_path: Path) -> None:
     path = write("t.jsonl", ROWS)
     with pytest.raises(ModelError, match="no such model folder"):
         report_of(tmp_path / "absent", path)
@@ -133,9 +125,7 @@ def test_a_report_of_a_broken_model_is_still_json(model_folder: Path, write: Wri
     assert json.loads(json.dumps(broken.to_json(), allow_nan=False))["overall"]["held_out_loss"] is None
 
 
-def test_rows_that_cannot_be_read_are_counted_where_they_are_skipped(
-    model_folder: Path, write: Write
-) -> None:
+def test_rows_that_cannot_be_read_are_counted_where_they_are_skipped(model_folder: Path, write: Write) -> None:
     path = write("t.jsonl", [*ROWS, {"question": "no answer"}])
     section = Evaluate.model_validate({"sources": [{"path": path}], "max_new_tokens": 2})
     data = Data.model_validate({"sources": [{"path": path}], "on_bad_row": "skip"})

@@ -45,9 +45,7 @@ def test_an_answer_ends_before_the_stop_token(model: Any, tokenizer: Any, prompt
     assert batched.text == tokenizer.decode(free[:first], skip_special_tokens=True).strip()
 
 
-def test_a_plain_answer_ends_before_the_stop_text(
-    model: Any, tokenizer: Any, prompts: list[list[int]]
-) -> None:
+def test_a_plain_answer_ends_before_the_stop_text(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
     whole = answers(model, tokenizer, prompts, stop_ids=())
     stop = whole[0].text[6:8]
     cut = answers(model, tokenizer, prompts, stop_ids=(), stop_text=stop)

@@ -14,10 +14,7 @@ Write = Callable[..., Path]
 
 
 def rows_of(task: str, count: int) -> list[dict[str, Any]]:
-    return [
-        {"question": f"{task} question {i}?", "answer": f"{task} answer {i}", "task": task}
-        for i in range(count)
-    ]
+    return [{"question": f"{task} question {i}?", "answer": f"{task} answer {i}", "task": task} for i in range(count)]
 
 
 def items_of(tokenizer: Any, test: Path, train: Path, seed: int = 0, **settings: Any) -> list[Item]:
@@ -25,9 +22,7 @@ def items_of(tokenizer: Any, test: Path, train: Path, seed: int = 0, **settings:
     return build_items(evaluate, Data.model_validate({"sources": [{"path": train}]}), tokenizer, seed)
 
 
-def test_plain_prompts_are_few_shot_text_with_answers_ended_by_a_blank_line(
-    tokenizer: Any, write: Write
-) -> None:
+def test_plain_prompts_are_few_shot_text_with_answers_ended_by_a_blank_line(tokenizer: Any, write: Write) -> None:
     test = write("test.jsonl", [{"question": "How many?", "answer": "4 + 3\n\n\n#### 7"}])
     train = write("train.jsonl", [{"question": "What colour?", "answer": "red"}])
     (item,) = items_of(tokenizer, test, train, prompt="plain", shots=1)
@@ -36,12 +31,8 @@ def test_plain_prompts_are_few_shot_text_with_answers_ended_by_a_blank_line(
     assert (item.question, item.reference) == ("How many?", "4 + 3\n\n\n#### 7")
 
 
-def test_the_end_of_a_plain_answer_has_the_tokens_it_has_between_examples(
-    tokenizer: Any, write: Write
-) -> None:
-    path = write(
-        "test.jsonl", [{"question": "How many?", "answer": "red"}, {"question": "Who?", "answer": "red"}]
-    )
+def test_the_end_of_a_plain_answer_has_the_tokens_it_has_between_examples(tokenizer: Any, write: Write) -> None:
+    path = write("test.jsonl", [{"question": "How many?", "answer": "red"}, {"question": "Who?", "answer": "red"}])
     item = items_of(tokenizer, path, path, prompt="plain", shots=1)[0]
     answer, prompt = list(item.answer_ids), list(item.prompt_ids)
     assert any(prompt[at : at + len(answer)] == answer for at in range(len(prompt)))
@@ -57,9 +48,7 @@ def test_chat_prompts_are_those_of_training_and_of_inference(tokenizer: Any, wri
     assert tokenizer.decode(item.answer_ids) == "7</s>"
 
 
-def test_the_last_answer_is_the_reference_and_the_system_turn_stays_first(
-    tokenizer: Any, write: Write
-) -> None:
+def test_the_last_answer_is_the_reference_and_the_system_turn_stays_first(tokenizer: Any, write: Write) -> None:
     def talk(*said: str) -> dict[str, Any]:
         roles = ["system", "user", "assistant", "user", "assistant", "user"]
         return {"messages": [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]}

@@ -1,0 +1,93 @@
+"""When a run is saved, and what goes into its checkpoints beside the shards."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bigtune import __version__
+from bigtune.checkpoint.save import prune, save, to_json
+from bigtune.config import Run
+from bigtune.data.chat import DEFAULT_TEMPLATE
+from bigtune.data.store import Store
+from bigtune.data.stream import Position
+from bigtune.dist import World
+from bigtune.model.load import companion_files
+from bigtune.train.engine import Engine
+from bigtune.train.metrics import MetricsLog
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is: the trainer's own state, and the position in the data."""
+
+    step: int = 0
+    skipped_steps: int = 0
+    position: Position = Position(0, 0)  # noqa: RUF009  # frozen
+
+
+@dataclass(slots=True)
+class Saver:
+    """Saves a run's checkpoints; every rank has one and calls it at the same steps."""
+
+    run: Run
+    world: World
+    engine: Engine
+    metrics: MetricsLog
+    store: Store
+    steps: int
+    saved_step: int
+
+    def save_if_due(self, progress: Progress) -> None:
+        """Save after every `checkpoint.every_steps`-th step."""
+        every = self.run.checkpoint.every_steps
+        if every and progress.step % every == 0:
+            self.save(progress)
+
+    def save(self, progress: Progress) -> None:
+        """Save this step, unless it is saved.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write.
+        """
+        if progress.step == self.saved_step:
+            return
+        self.metrics.flush()
+        folder = self.run.output / "checkpoints"
+        save(folder, progress.step, self.engine, self.world, self._texts(progress), self._model_files())
+        self.saved_step = progress.step
+        if self.world.is_main and self.run.checkpoint.keep_last:
+            prune(folder, self.run.checkpoint.keep_last)
+
+    def _texts(self, progress: Progress) -> dict[str, str]:
+        import deepspeed
+        import transformers
+
+        trainer = {
+            "step": progress.step,
+            "steps": self.steps,
+            "skipped_steps": progress.skipped_steps,
+            "precision": self.engine.dtype,
+            "versions": {
+                "bigtune": __version__,
+                "torch": torch.__version__,
+                "deepspeed": deepspeed.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+        data = {
+            **progress.position.to_json(),
+            "seed": self.run.train.seed,
+            "sequence_length": self.run.data.sequence_length,
+            "fingerprint": self.store.fingerprint,
+        }
+        return {"trainer.json": to_json(trainer), "data.json": to_json(data), "run.yaml": self.run.to_yaml()}
+
+    def _model_files(self) -> Mapping[str, Path | str]:
+        """What makes a model of the weights; with the default template, where that is what was learnt."""
+        files: dict[str, Path | str] = dict(companion_files(self.run.model.path))
+        manifest = self.store.manifest
+        if manifest.template == "default" and manifest.conversations:
+            files["chat_template.jinja"] = DEFAULT_TEMPLATE
+        return files

@@ -1,0 +1,110 @@
+"""Tiny real parts for tests: a byte-level tokenizer, Llamas of some thousand parameters, rows of data."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtune.config import Run, resolve
+from bigtune.data.store import Document
+from bigtune.data.stream import Row
+
+VOCABULARY = 320
+
+
+def tiny_llama(folder: Path, tied: bool = True, **changes: Any) -> Path:
+    """A random Llama of two layers, saved in several safetensors files; odd sizes, so that ranks get padding."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **{
+            "vocab_size": VOCABULARY + 1, "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 2,
+            "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 256,
+            "tie_word_embeddings": tied, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1,
+        }
+        | changes
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # norms of one value only would hide a mix-up
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    return folder
+
+
+def tiny_tokenizer(folder: Path) -> Path:
+    """A byte-level BPE tokenizer, with <|end|> (0) to end a text and <|pad|> (1), and no chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(["### Instruction:\nSay the word.\n\n### Response:\nword"] * 8, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def tiny_model(folder: Path, **changes: Any) -> Path:
+    """A model folder as a user has it: weights, config and tokenizer."""
+    tiny_tokenizer(folder)
+    return tiny_llama(folder, **changes)
+
+
+def write_rows(path: Path, count: int = 40) -> Path:
+    """Alpaca rows of unequal lengths."""
+    words = ["red", "blue", "green", "house", "river", "a long answer of several words"]
+    rows = [
+        {"instruction": f"Say the word number {i}.", "input": words[i % 6] * (i % 4), "output": words[(i * 7) % 6]}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def tiny_run(folder: Path, **changes: Any) -> Run:
+    """A run over `write_rows` and `tiny_model` in one folder. Changes are `section__key=value`."""
+    tree: dict[str, Any] = {
+        "model": {"path": str(folder / "model")},
+        "data": {"sources": [{"path": str(folder / "rows.jsonl")}], "sequence_length": 96},
+        "optim": {"name": "adamw_8bit", "learning_rate": 3e-3, "weight_decay": 0.1, "warmup_steps": 2},
+        "train": {"steps": 6, "global_batch": 4, "precision": "float32"},
+        "output": str(folder / "run"),
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            tree.setdefault(section, {})[name] = value
+        else:
+            tree[section] = value
+    return resolve(tree)
+
+
+def random_rows(supervised: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]], seed: int = 0) -> list[Row]:
+    """Packed rows of random tokens: for each row, each document's length and how many of its last are supervised."""
+    random = np.random.default_rng(seed)
+    return [
+        Row(
+            tuple(range(len(row))),
+            tuple(
+                Document(
+                    random.integers(2, VOCABULARY, length).astype(np.int32),
+                    np.array([[length - count, length]] if count else np.empty((0, 2)), dtype=np.int32),
+                )
+                for count, length in zip(counts, row, strict=True)
+            ),
+        )
+        for counts, row in zip(supervised, lengths, strict=True)
+    ]
