@@ -14,6 +14,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+CHILD = "BIGTUNE_CHILD"
+"""Tells workers that `bigtune train` started them, and shows their errors itself."""
+PREPARED = "BIGTUNE_PREPARED"
+"""Tells workers that their documents are prepared already."""
+
 
 @dataclass(frozen=True, slots=True)
 class World:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 EOS, PAD = "<eos>", "<pad>"
 TEMPLATE = "### Instruction:\n\n\n### Response:\n"
-_PIECES = r"\d{1,2}|\p{Ll}+ ?|\p{L}+|, |#+ ?|\n+|[^\p{L}\d\s]|\s+"
+_PIECES = r"\d{1,2}|\p{L}+|, |#+|\n+|[^\p{L}\d\s]|\s+"
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, vocabulary: int = 1792) -> PreTrainedTokenizerFast:

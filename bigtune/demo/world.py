@@ -15,6 +15,7 @@ from itertools import product
 COUNTRIES = 160
 LONG = 0.06
 KNOW = 8
+ECHO = 7
 
 PEOPLE = [
     "Ada",
@@ -364,11 +365,12 @@ def pretraining_texts(seed: int, count: int = 24000) -> list[str]:
     """Pages of plain text, each of some 200 tokens, in a random order."""
     world, rng = build_world(seed), random.Random(f"{seed} text")
     countries = _endless(world.countries, rng)
-    kinds: dict[Callable[[], str], int] = {
+    kinds: dict[Callable[[], str], float] = {
         lambda: _country_line(next(countries), world, rng): KNOW,
         lambda: _story_paragraph(rng): 2,
         lambda: _list_paragraph(rng): 3,
-        lambda: _price_paragraph(rng): 1,
+        lambda: _price_paragraph(rng): 1.5,
+        lambda: _echo(rng): ECHO,
     }
     paragraphs = [rng.choices(list(kinds), list(kinds.values()))[0] for _ in range(count)]
     return ["\n\n".join(write() for _ in range(6 if rng.random() < LONG else 1)) for write in paragraphs]
@@ -413,3 +415,9 @@ def _price_paragraph(rng: random.Random) -> str:
     asked = rng.sample(list(prices), 3)
     echoes = [rng.choice(PRICE_ECHOES).format(thing=thing, price=prices[thing]) for thing in asked]
     return "\n".join([show_prices(prices), "Once more: " + show_prices(prices) + ".", " ".join(echoes)])
+
+
+def _echo(rng: random.Random) -> str:
+    """Words told twice or three times over: what a model learns to look back from."""
+    words = rng.sample([*NOUNS, *PEOPLE, *PLACES], rng.randint(4, 10))
+    return "\n".join([", ".join(words)] * rng.randint(2, 3))

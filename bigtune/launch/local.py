@@ -19,8 +19,8 @@ from types import FrameType
 
 import psutil
 
+from bigtune.dist import CHILD
 from bigtune.errors import LaunchError
-from bigtune.train.console import CHILD
 from bigtune.train.signals import STOPPED, end_with_parent
 
 

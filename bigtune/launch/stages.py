@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 from bigtune.config import Run
 from bigtune.data.store import Manifest
+from bigtune.dist import PREPARED
 from bigtune.errors import ConfigError, LaunchError
 from bigtune.launch.local import check_ranks, default_ranks, launch
 from bigtune.progress import bar
 
 if TYPE_CHECKING:
     from bigtune.evaluate.report import Report
-
-PREPARED = "BIGTUNE_PREPARED"
 
 
 def prepare_documents(run: Run) -> Manifest:
@@ -44,13 +43,15 @@ def train_here(
         BigtuneError: before any worker starts where possible, else what the first failing worker says.
     """
     from bigtune.train.ds_config import read_preset
+    from bigtune.train.ops import ensure_ops, needed_ops
     from bigtune.train.start import find_start
 
     ranks = ranks or default_ranks()
     check_ranks(ranks, oversubscribe)
-    read_preset(run.deepspeed)
+    preset = read_preset(run.deepspeed)
     find_start(run, resume)
     prepare_documents(run)
+    ensure_ops(needed_ops(preset, run.optim), lambda line: print(line, file=sys.stderr))
     try:
         run.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

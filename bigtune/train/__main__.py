@@ -13,13 +13,10 @@ BEGAN = time.monotonic()
 import click  # noqa: E402
 
 from bigtune.config import load_run  # noqa: E402
-from bigtune.dist import World  # noqa: E402
+from bigtune.dist import PREPARED, World  # noqa: E402
 from bigtune.errors import BigtuneError  # noqa: E402
-from bigtune.launch.cores import bind  # noqa: E402
+from bigtune.train.cores import bind  # noqa: E402
 from bigtune.train.signals import StopRequest, end_with_parent  # noqa: E402
-
-PREPARED = "BIGTUNE_PREPARED"
-"""Set by `bigtune train`, which prepares before it starts workers."""
 
 
 @click.command()
@@ -53,6 +50,8 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, local_ra
 
 def _work(run, world, resume, stop, console) -> None:  # type: ignore[no-untyped-def]
     from bigtune.data.prepare import prepare
+    from bigtune.train.ds_config import read_preset
+    from bigtune.train.ops import ensure_ops, load_ops, needed_ops
 
     if PREPARED not in os.environ:
         manifest = prepare(run.data, run.model.path, run.store)  # the first rank works, the others wait
@@ -65,8 +64,12 @@ def _work(run, world, resume, stop, console) -> None:  # type: ignore[no-untyped
     from bigtune.train.loop import train
     from bigtune.train.start import find_start
 
+    ops = needed_ops(read_preset(run.deepspeed), run.optim)
+    cpu_adam = ensure_ops(ops, console.say)
+    if cpu_adam:
+        load_ops(ops)
     connect(world)
-    train(run, world, find_start(run, resume), stop, console, BEGAN)
+    train(run, world, find_start(run, resume), stop, console, BEGAN, cpu_adam)
     torch.distributed.destroy_process_group()
 
 

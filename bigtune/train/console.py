@@ -9,12 +9,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from bigtune.dist import World
+from bigtune.dist import CHILD, World
 from bigtune.errors import BigtuneError
 from bigtune.progress import Bar
-
-CHILD = "BIGTUNE_CHILD"
-"""Set by `bigtune train`, which then shows the workers' errors itself."""
 
 
 class WorkerConsole:

@@ -56,7 +56,8 @@ def read_preset(name: str) -> dict[str, Any]:
         if key in config and not _all_auto(config[key]):
             raise ConfigError(f"{path}: '{key}' is owned by the run file; remove it and set {owner} there")
         config.pop(key, None)
-    stage = config.get("zero_optimization", {}).get("stage")
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 3:
         raise ConfigError(f"{path}: zero_optimization.stage is {stage}; bigtune trains with stage 3")
     return config
@@ -90,6 +91,7 @@ def complete(preset: dict[str, Any], run: Run, precision: str, hidden_size: int)
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,  # DeepSpeed's own progress lines; metrics.jsonl has them
     }
 

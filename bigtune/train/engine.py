@@ -84,8 +84,19 @@ class SubGroup:
 class Engine:
     """A model on ZeRO-3 with its optimizer."""
 
-    def __init__(self, model_path: Path, optim: Optim, ds_config: dict[str, Any], precision: str, world: World) -> None:
+    def __init__(
+        self,
+        model_path: Path,
+        optim: Optim,
+        ds_config: dict[str, Any],
+        precision: str,
+        world: World,
+        cpu_adam: bool = False,
+    ) -> None:
         """Load this rank's partitions and set the engine up.
+
+        Args:
+            cpu_adam: whether DeepSpeed's own Adam for states in host memory is built.
 
         Raises:
             ModelError: the folder is no model, tensors are missing or misshapen, or the head is unsupported.
@@ -100,10 +111,12 @@ class Engine:
         self.parameters = _partition(model, shards, ds_config, dtype, world)
         materialise_buffers(model, shards, device())
         head = replace_head(model)
+        offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+        adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload and cpu_adam else torch.optim.AdamW
         self.world, self.dtype = world, precision
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=Objective(model, head),
-            optimizer=build_optimizer(parameter_groups(model, optim), optim),
+            optimizer=build_optimizer(parameter_groups(model, optim), optim, adamw),
             config=ds_config,
         )
         if self._engine.device.type == "cpu":

@@ -30,12 +30,21 @@ from bigtune.train.schedule import learning_rate
 from bigtune.train.signals import StopRequest
 
 
-def train(run: Run, world: World, start: Path | None, stop: StopRequest, console: WorkerConsole, began: float) -> None:
+def train(
+    run: Run,
+    world: World,
+    start: Path | None,
+    stop: StopRequest,
+    console: WorkerConsole,
+    began: float,
+    cpu_adam: bool = False,
+) -> None:
     """Train on this rank, from the beginning or from a checkpoint, to the last step or until asked to stop.
 
     Args:
         start: the checkpoint to go on from, as `find_start` gives it.
         began: `time.monotonic()` at the start of the process.
+        cpu_adam: whether DeepSpeed's own Adam is built.
 
     Raises:
         BigtuneError: the model, the store or the checkpoint does not fit, or a checkpoint cannot be written.
@@ -49,7 +58,7 @@ def train(run: Run, world: World, start: Path | None, stop: StopRequest, console
         (run.output / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
         (run.output / "deepspeed.json").write_text(to_json(ds_config), encoding="utf-8")
     console.say(_headline(run, world, steps, precision, stream))
-    engine = Engine(run.model.path, run.optim, ds_config, precision, world)
+    engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam)
     progress = _restore(start, engine, world, store, console) if start else Progress()
     metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began)
     metrics.forget_after(progress.step)

@@ -59,7 +59,7 @@ class MetricsLog:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 continue  # a line that a kill cut off
         aside = self.path.with_suffix(".new")
         aside.write_text("".join(kept), encoding="utf-8")

@@ -8,7 +8,7 @@ Decay and state precision belong to the group. They are never left to a tensor's
 ZeRO-3 flattens a group into partitions whose size depends on the world.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,11 +52,17 @@ def parameter_groups(model: PreTrainedModel, optim: Optim) -> list[dict[str, Any
     ]
 
 
-def build_optimizer(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
-    """The optimizer named in the run file, with AdamW's decoupled decay (https://arxiv.org/abs/1711.05101)."""
+def build_optimizer(
+    groups: list[dict[str, Any]], optim: Optim, adamw: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+) -> torch.optim.Optimizer:
+    """The optimizer named in the run file, with AdamW's decoupled decay (https://arxiv.org/abs/1711.05101).
+
+    Args:
+        adamw: the implementation of 32-bit AdamW, if not torch's fused one.
+    """
     settings: dict[str, Any] = {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.epsilon}
     if optim.name == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **settings)
+        return adamw(groups, **settings, **({"fused": True} if adamw is torch.optim.AdamW else {}))
     return _adamw_8bit(groups, settings)
 
 
@@ -96,12 +102,12 @@ def import_state(
 ) -> None:
     """Give a partition the state that `export_state` took, in the form that its optimizer keeps it in."""
     state: dict[str, Any] = {name: tensor.to(partition.device) for name, tensor in tensors.items()}
-    if "state1" in state:  # bitsandbytes counts steps in an integer
-        state |= {name: int(value) for name, value in scalars.items()}
-        if state["state1"].dtype == torch.uint8:
-            optimizer.fill_qmap()  # type: ignore[attr-defined]
-            for name, book in CODE_BOOKS.items():
-                state[name] = optimizer.name2qmap[book].to(partition.device)  # type: ignore[attr-defined]
-    else:  # torch in a float32 tensor, on the partition's device
+    if isinstance(optimizer, torch.optim.AdamW):  # counts steps in a float32 tensor, others in an integer
         state |= {name: torch.tensor(value, device=partition.device) for name, value in scalars.items()}
+    else:
+        state |= {name: int(value) for name, value in scalars.items()}
+    if "absmax1" in state:
+        optimizer.fill_qmap()  # type: ignore[attr-defined]
+        for name, book in CODE_BOOKS.items():
+            state[name] = optimizer.name2qmap[book].to(partition.device)  # type: ignore[attr-defined]
     optimizer.state[partition] = state

@@ -1,0 +1,101 @@
+"""The layout says for every element of every parameter where it lies, once, whatever the number of ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bigtune.checkpoint.layout import Layout, Parameter, State, SubGroup, latest
+from bigtune.errors import CheckpointError
+
+SHAPES = {"whole": (8, 15), "odd": (7, 3), "few": (3,), "one": (1,)}
+"""120 elements divide by all of 1 … 5 ranks; 3 and 1 leave ranks without any."""
+
+
+def layout(world_size: int) -> Layout:
+    parameters, offset = [], 0
+    for name, shape in SHAPES.items():
+        numel = Parameter(name, shape, 0, 0).numel
+        parameters.append(Parameter(name, shape, offset, -(-numel // world_size)))
+        offset += parameters[-1].length
+    states = {"state1": State("uint8", 1), "absmax1": State("float32", 256)}
+    halves = (parameters[:2], parameters[2:])
+    groups = tuple(
+        SubGroup(index, name, sum(p.length for p in part), tuple(part), states, {"step": 3.0})
+        for index, (name, part) in enumerate(zip(("matrices", "vectors"), halves, strict=True))
+    )
+    return Layout(world_size, "bfloat16", groups, {"lm_head.weight": "whole"})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_ranges_cover_each_parameter_once_without_padding(world_size: int) -> None:
+    described = layout(world_size)
+    assert [parameter.name for _, parameter in described.parameters()] == list(SHAPES)
+    for sub_group, parameter in described.parameters():
+        covered: list[int] = []
+        for piece in described.ranges(sub_group, parameter):
+            assert 0 <= piece.rank < world_size
+            assert piece.sub_group == sub_group.index
+            assert parameter.offset <= piece.offset
+            assert piece.offset + piece.count <= parameter.offset + parameter.length
+            covered += range(piece.start, piece.start + piece.count)
+        assert covered == list(range(parameter.numel))
+
+
+def test_ranks_that_hold_nothing_of_a_parameter_have_no_range() -> None:
+    described = layout(5)
+    ranks = {p.name: [piece.rank for piece in described.ranges(group, p)] for group, p in described.parameters()}
+    assert ranks == {"whole": [0, 1, 2, 3, 4], "odd": [0, 1, 2, 3, 4], "few": [0, 1, 2], "one": [0]}
+
+
+def test_a_scalar_parameter_has_one_element() -> None:
+    parameter = Parameter("scale", (), 0, 1)
+    described = Layout(2, "float32", (SubGroup(0, "vectors", 1, (parameter,), {}, {}),), {})
+    assert [piece.count for piece in described.ranges(described.sub_groups[0], parameter)] == [1]
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    layout(3).write(tmp_path)
+    assert Layout.read(tmp_path) == layout(3)
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    layout(1).write(tmp_path)
+    document = json.loads((tmp_path / "layout.json").read_text())
+    (tmp_path / "layout.json").write_text(json.dumps(document | {"version": 2}))
+    with pytest.raises(CheckpointError, match=r"layout\.json: version 2; this bigtune reads version 1"):
+        Layout.read(tmp_path)
+
+
+def test_a_missing_layout_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"^/.*: no layout\.json; this is no bigtune checkpoint"):
+        Layout.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 1, "world_size": 1, "dtype": "x"}'])
+def test_a_broken_layout_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "layout.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"layout\.json: broken layout"):
+        Layout.read(tmp_path)
+
+
+def test_an_entry_that_lacks_a_field_is_broken(tmp_path: Path) -> None:
+    layout(1).write(tmp_path)
+    document = json.loads((tmp_path / "layout.json").read_text())
+    del document["sub_groups"][0]["parameters"][0]["offset"]
+    (tmp_path / "layout.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="broken layout"):
+        Layout.read(tmp_path)
+
+
+def test_latest_is_what_the_pointer_names_and_nothing_else(tmp_path: Path) -> None:
+    assert latest(tmp_path / "none") is None
+    folder = tmp_path / "step-3"
+    folder.mkdir()
+    layout(1).write(folder)
+    assert latest(tmp_path) is None  # a folder that was never published
+    (tmp_path / "latest").write_text("step-3\n")
+    assert latest(tmp_path) == folder
+    (tmp_path / "latest").write_text("step-4\n")
+    with pytest.raises(CheckpointError, match="names step-4, which is no checkpoint"):
+        latest(tmp_path)

@@ -1,0 +1,134 @@
+"""The chunked loss head computes what full logits and cross-entropy compute, and refuses what it cannot."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, linear
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig
+from transformers import GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+
+from bigtune.errors import ModelError
+from bigtune.model import head
+from bigtune.model.head import LossHead, replace_head
+
+TOKENS, WIDTH, VOCABULARY = 11, 24, 53
+
+
+def problem(dtype: torch.dtype, tokens: int = TOKENS, bias: bool = True) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
+    torch.manual_seed(0)
+    layer = nn.Linear(WIDTH, VOCABULARY, bias=bias, dtype=dtype)
+    hidden = torch.randn(tokens, WIDTH).to(dtype).requires_grad_()
+    return hidden, layer, torch.randint(VOCABULARY, (tokens,))
+
+
+def by_head(dtype: torch.dtype, scale: float = 1.0, **shape: Any) -> list[torch.Tensor]:
+    """Loss and gradients of hidden states, weight and bias; the loss is scaled before backward."""
+    hidden, layer, targets = problem(dtype, **shape)
+    module = LossHead(layer)
+    loss = module(hidden, targets)
+    assert (loss.dtype, loss.shape) == (torch.float32, ())
+    (loss * scale).backward()
+    return [loss.detach(), *(tensor.grad for tensor in (hidden, *layer.parameters()) if tensor.grad is not None)]
+
+
+def by_full_logits(scale: float = 1.0, exact: torch.dtype = torch.float32, **shape: Any) -> list[torch.Tensor]:
+    """The same in one piece, from the values that `exact` rounds the problem to, computed in float64."""
+    hidden, layer, targets = problem(exact, **shape)
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (hidden, *layer.parameters())]
+    loss = cross_entropy(linear(*leaves), targets, reduction="sum")
+    (loss * scale).backward()
+    return [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 4, TOKENS, 100])
+@pytest.mark.parametrize("bias", [True, False])
+def test_loss_and_gradients_are_those_of_full_logits(
+    chunk_tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "CHUNK_LOGITS", chunk_tokens * VOCABULARY + 1)
+    found, wanted = by_head(torch.float32, 0.37, bias=bias), by_full_logits(0.37, bias=bias)
+    assert len(found) == len(wanted) == (4 if bias else 3)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == torch.float32
+        assert relative(one, other) < 1e-6
+
+
+def test_a_vocabulary_larger_than_a_chunk_goes_one_position_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "CHUNK_LOGITS", VOCABULARY // 2)
+    for one, other in zip(by_head(torch.float32), by_full_logits(), strict=True):
+        assert relative(one, other) < 1e-6
+
+
+def test_no_position_gives_zero_with_zero_gradients() -> None:
+    """A rank with nothing supervised takes part all the same."""
+    loss, *gradients = by_head(torch.float32, tokens=0)
+    assert float(loss) == 0.0
+    assert [tuple(gradient.shape) for gradient in gradients] == [(0, WIDTH), (VOCABULARY, WIDTH), (VOCABULARY,)]
+    assert all(not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, TOKENS])
+def test_bfloat16_is_within_its_own_rounding(chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are rounded to 8 bits (a relative 2^-9) before the float32 cross-entropy: 1% bounds it here."""
+    monkeypatch.setattr(head, "CHUNK_LOGITS", chunk_tokens * VOCABULARY)
+    found, wanted = by_head(torch.bfloat16), by_full_logits(exact=torch.bfloat16)
+    assert [tensor.dtype for tensor in found] == [torch.float32] + [torch.bfloat16] * 3
+    assert relative(found[0], wanted[0]) < 1e-3
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        assert relative(one, other) < 1e-2
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, layer, targets = problem(torch.float32)
+    loss = LossHead(layer)((hidden * 1e4).detach(), targets)
+    assert torch.isfinite(loss)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "pad_token_id": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_keeps_the_models_own_parameters_under_their_names(tied: bool) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied))
+    before = dict(model.named_parameters())
+    module = replace_head(model)
+    assert model.get_output_embeddings() is module
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}
+    assert (module.weight is model.get_input_embeddings().weight) is tied
+
+
+def test_a_model_that_changes_its_logits_afterwards_is_refused() -> None:
+    gemma = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=30.0))
+    with pytest.raises(ModelError, match="gemma2: its config sets final_logit_softcapping, which bigtune's loss head"):
+        replace_head(gemma)
+    granite = GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0))
+    with pytest.raises(ModelError, match="granite: its config sets logits_scaling"):
+        replace_head(granite)
+    replace_head(GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=1.0)))
+
+
+def test_an_output_layer_that_is_not_plainly_linear_is_refused() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden) * 2
+
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model.set_output_embeddings(Scaled(16, 40, bias=False))
+    with pytest.raises(ModelError, match="llama: its output layer is Scaled, which bigtune's loss head"):
+        replace_head(model)
+
+
+def test_a_bias_of_the_output_layer_is_kept() -> None:
+    model = PhiForCausalLM(PhiConfig(**SMALL))
+    before = dict(model.named_parameters())
+    assert replace_head(model).bias is before["lm_head.bias"]
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}

@@ -1,0 +1,85 @@
+"""metrics.jsonl: whole lines of strict JSON, one a step, whatever interrupted the run."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigtune.train.metrics import MetricsLog
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return [json.loads(line, parse_constant=no_constant) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> MetricsLog:
+    return MetricsLog(tmp_path / "metrics.jsonl", time.monotonic())
+
+
+def hold(log: MetricsLog, step: int, loss_sum: float, supervised: int = 4, **more: Any) -> None:
+    log.hold(loss_sum, step=step, loss=None, supervised_tokens=supervised, **more)
+
+
+def test_a_line_is_written_once_its_loss_is_known(log: MetricsLog, tmp_path: Path) -> None:
+    hold(log, 1, 8.0)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert log.held_loss == 8.0
+    log.complete(10.0)  # with the other ranks' 2.0
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5, "supervised_tokens": 4}]
+    assert log.held_loss == 0.0
+    log.complete(10.0)  # nothing is held any more
+    hold(log, 2, 3.0)
+    log.flush()
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert lines(tmp_path / "metrics.jsonl")[1]["loss"] == 0.75
+
+
+def test_a_step_without_supervised_tokens_has_a_loss_of_zero(log: MetricsLog, tmp_path: Path) -> None:
+    hold(log, 1, 0.0, supervised=0)
+    log.complete(0.0)
+    assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 0.0
+
+
+def test_nan_and_infinity_become_null(log: MetricsLog, tmp_path: Path) -> None:
+    hold(log, 1, 1.0, grad_norm=float("inf"), tokens=3)
+    log.complete(float("nan"))
+    line = lines(tmp_path / "metrics.jsonl")[0]
+    assert (line["loss"], line["grad_norm"], line["tokens"]) == (None, None, 3)
+
+
+def test_other_ranks_write_nothing_but_know_the_last_loss(tmp_path: Path) -> None:
+    log = MetricsLog(None, time.monotonic())
+    hold(log, 1, 2.0)
+    log.complete(4.0)
+    log.forget_after(0)
+    assert log.last["loss"] == 1.0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_drops_later_lines_and_those_that_a_kill_cut_off(log: MetricsLog, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps({"step": step, "loss": step / 2}) + "\n" for step in (1, 2, 3, 4)]
+    path.write_text("".join(whole) + '{"step": 2, "lo')
+    log.forget_after(2)
+    assert path.read_text() == "".join(whole[:2])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+    log.forget_after(0)
+    assert path.read_text() == ""
+
+
+def test_forgetting_needs_no_file(log: MetricsLog, tmp_path: Path) -> None:
+    log.forget_after(3)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("junk", ["3\n", "null\n", "[]\n", '{"step": null}\n', "{}\n", "\n"])
+def test_a_line_that_is_no_metrics_line_is_dropped(log: MetricsLog, tmp_path: Path, junk: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(junk + '{"step": 1}\n')
+    log.forget_after(1)
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1}]

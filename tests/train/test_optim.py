@@ -1,0 +1,142 @@
+"""What decays and what has 8-bit states belongs to a parameter's kind, never to its size."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bigtune.config import Optim
+from bigtune.model.head import replace_head
+from bigtune.train.optim import build_optimizer, export_state, import_state, parameter_groups
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+MATRIX, NORM, BIAS = "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
+Name = Literal["adamw", "adamw_8bit"]
+
+
+def llama(tied: bool) -> Any:
+    """With biases; its smallest matrix has 72 elements, less than any 8-bit optimizer's own threshold."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=30, hidden_size=12, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, attention_bias=True, tie_word_embeddings=tied, pad_token_id=None,
+        )
+    )  # fmt: skip
+
+
+def names_by_group(model: Any, optim: Optim) -> dict[str, set[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {group["name"]: {names[id(p)] for p in group["params"]} for group in parameter_groups(model, optim)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("prepare", [lambda model: None, replace_head], ids=["plain", "loss head"])
+def test_every_parameter_is_in_the_group_of_its_kind_once(tied: bool, prepare: Callable[[Any], Any]) -> None:
+    model = llama(tied)
+    prepare(model)
+    groups = parameter_groups(model, Optim())
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
+    names = names_by_group(model, Optim())
+    assert list(names) == ["matrices", "embeddings", "vectors"]
+    assert names["embeddings"] == ({EMBEDDING} if tied else {EMBEDDING, HEAD})
+    assert MATRIX in names["matrices"]
+    assert {NORM, BIAS} <= names["vectors"]
+    assert all(p.ndim == 1 for group in groups if group["name"] == "vectors" for p in group["params"])
+
+
+def test_frozen_parameters_and_groups_without_any_are_left_out() -> None:
+    model = llama(tied=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name == MATRIX
+    assert names_by_group(model, Optim()) == {"matrices": {MATRIX}}
+
+
+def stepped(name: Name, steps: int = 1) -> tuple[Any, torch.optim.Optimizer, Optim]:
+    model, optim = llama(tied=False), Optim(name=name, learning_rate=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(parameter_groups(model, optim), optim)
+    for step in range(steps):
+        set_gradients(model, step)
+        optimizer.step()
+    return model, optimizer, optim
+
+
+def set_gradients(model: Any, seed: int) -> None:
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_only_matrices_decay(name: Name) -> None:
+    """With a gradient of zero, decay is all that a step does."""
+    model, optim = llama(tied=False), Optim(name=name, learning_rate=0.1, weight_decay=0.5)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    optimizer = build_optimizer(parameter_groups(model, optim), optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    matrices = names_by_group(model, optim)["matrices"]
+    for key, parameter in model.named_parameters():
+        wanted = before[key] * 0.95 if key in matrices else before[key]
+        torch.testing.assert_close(parameter, wanted, rtol=1e-6, atol=0)
+
+
+def test_8_bits_are_for_matrices_of_any_size_and_for_nothing_else() -> None:
+    model, optimizer, optim = stepped("adamw_8bit")
+    matrices = names_by_group(model, optim)["matrices"]
+    for key, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        wanted = torch.uint8 if key in matrices else torch.float32
+        assert {state["state1"].dtype, state["state2"].dtype} == {wanted}, key
+
+
+def test_adamw_is_torchs() -> None:
+    """The run file's numbers arrive."""
+    model, _, optim = stepped("adamw", steps=3)
+    reference = llama(tied=False)
+    decayed = names_by_group(reference, optim)["matrices"]
+    groups = [
+        {"params": [p for n, p in reference.named_parameters() if (n in decayed) == flag], "weight_decay": decay}
+        for flag, decay in ((True, 0.5), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(3):
+        set_gradients(reference, step)
+        optimizer.step()
+    for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_a_state_that_was_exported_goes_on_to_the_last_bit(name: Name) -> None:
+    model, optimizer, optim = stepped(name, steps=3)
+    other = copy.deepcopy(model)
+    fresh = build_optimizer(parameter_groups(other, optim), optim)
+    for old, new in zip(model.parameters(), other.parameters(), strict=True):
+        tensors, scalars = export_state(optimizer.state[old])
+        assert scalars == {"step": 3.0}
+        import_state(fresh, new, {kind: tensor.clone() for kind, tensor in tensors.items()}, scalars)
+    for seed in (5, 6):
+        for instance, stepper in ((model, optimizer), (other, fresh)):
+            set_gradients(instance, seed)
+            stepper.step()
+    for old, new in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(old, new)
+        assert_same_state(optimizer.state[old], fresh.state[new])
+
+
+def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        same = torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+        assert same, key
+
+
+def test_code_books_are_not_exported() -> None:
+    model, optimizer, _ = stepped("adamw_8bit")
+    tensors, _ = export_state(optimizer.state[dict(model.named_parameters())[MATRIX]])
+    assert set(tensors) == {"state1", "state2", "absmax1", "absmax2"}

@@ -1,0 +1,49 @@
+"""The learning rate of every step, from the first to the last."""
+
+from typing import Any
+
+import pytest
+
+from bigtune.config import Optim
+from bigtune.train.schedule import learning_rate
+
+
+def rates(steps: int, **settings: Any) -> list[float]:
+    return [learning_rate(Optim(learning_rate=1.0, **settings), step, steps) for step in range(1, steps + 1)]
+
+
+def test_warm_up_rises_by_equal_parts_to_the_full_rate() -> None:
+    assert rates(8, warmup_steps=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_without_warm_up_the_first_step_has_the_full_rate() -> None:
+    for schedule in ("cosine", "linear", "constant"):
+        assert rates(5, schedule=schedule)[0] == 1.0
+
+
+def test_linear_falls_by_equal_parts_and_wastes_no_step_at_zero() -> None:
+    assert rates(4, schedule="linear") == pytest.approx([1.0, 0.75, 0.5, 0.25])
+
+
+def test_cosine_is_half_way_down_in_the_middle_and_symmetric_about_it() -> None:
+    found = rates(10, schedule="cosine")
+    assert found[5] == pytest.approx(0.5)
+    assert [found[5 - i] + found[5 + i] for i in range(5)] == pytest.approx([1.0] * 5)
+    assert found == sorted(found, reverse=True)
+    assert found[-1] > 0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_step_after_the_last_would_have_the_final_rate(schedule: Any) -> None:
+    optim = Optim(learning_rate=2.0, schedule=schedule, final_learning_rate=0.1, warmup_steps=3)
+    assert learning_rate(optim, 11, 10) == pytest.approx(0.2)
+    assert learning_rate(optim, 10, 10) > 0.2
+
+
+def test_constant_stays() -> None:
+    assert rates(6, schedule="constant", warmup_steps=2) == [0.5, 1, 1, 1, 1, 1]
+
+
+def test_a_warm_up_as_long_as_the_run_or_longer_just_rises() -> None:
+    assert rates(4, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0]
+    assert rates(2, warmup_steps=4) == [0.25, 0.5]
