@@ -85,13 +85,9 @@ def train(
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of one safetensors file.")
 def merge(checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str) -> None:
     """Merge CHECKPOINT (a step-N folder, or a run's output folder for its latest) into a Hugging Face model."""
-    from bigtune.checkpoint.merge import merge as merge_checkpoint
-    from bigtune.checkpoint.merge import parse_size
-    from bigtune.progress import bar
+    from bigtune.launch.stages import merge_checkpoint
 
-    with bar("merge") as shown:
-        merge_checkpoint(checkpoint, output, dtype, parse_size(max_shard_size), shown.advance_to)
-    click.echo(output)
+    click.echo(merge_checkpoint(checkpoint, output, dtype, max_shard_size))
 
 
 @main.command(epilog=_example("bigtune evaluate recipes/gsm8k.yaml --model models/gsm8k --json"))

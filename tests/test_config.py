@@ -71,7 +71,10 @@ def test_every_run_file_that_the_readme_shows_parses(tmp_path: Path) -> None:
         (MINIMAL + "optim: {lerning_rate: 1.0}\n", "(valid: name, learning_rate, schedule, warmup_steps,"),
         (MINIMAL + "chekpoint: {}\n", "unknown key 'chekpoint'; did you mean 'checkpoint'? (valid: model, data,"),
         (MINIMAL + "learning_rate: 1.0\n", "did you mean 'optim.learning_rate'?"),
-        (MINIMAL.replace("data/train.jsonl", "x\n      pth: y"), "unknown key 'data.sources.0.pth'; did you mean 'path'?"),
+        (
+            MINIMAL.replace("data/train.jsonl", "x\n      pth: y"),
+            "unknown key 'data.sources.0.pth'; did you mean 'path'?",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest_and_the_valid_ones(tmp_path: Path, text: str, message: str) -> None:

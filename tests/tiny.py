@@ -28,7 +28,7 @@ def tiny_llama(folder: Path, tied: bool = True, **changes: Any) -> Path:
         | changes
     )  # fmt: skip
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to(config.dtype or torch.float32)
     with torch.no_grad():  # norms of one value only would hide a mix-up
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -37,23 +37,30 @@ def tiny_llama(folder: Path, tied: bool = True, **changes: Any) -> Path:
     return folder
 
 
-def tiny_tokenizer(folder: Path) -> Path:
-    """A byte-level BPE tokenizer, with <|end|> (0) to end a text and <|pad|> (1), and no chat template."""
+def byte_level_bpe(corpus: Sequence[str], vocabulary: int, specials: Sequence[str]) -> Any:
+    """A byte-level BPE trained on a few lines; any text can be encoded, the special tokens come first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|end|>", "<|pad|>"],
+        vocab_size=vocabulary,
+        special_tokens=list(specials),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(["### Instruction:\nSay the word.\n\n### Response:\nword"] * 8, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>")
-    fast.save_pretrained(folder)
+    core.train_from_iterator(corpus, trainer)
+    return core
+
+
+def tiny_tokenizer(folder: Path) -> Path:
+    """A tokenizer with <|end|> (0) to end a text and <|pad|> (1), and no chat template."""
+    from transformers import PreTrainedTokenizerFast
+
+    lines = ["### Instruction:\nSay the word.\n\n### Response:\nword"] * 8
+    core = byte_level_bpe(lines, VOCABULARY, ["<|end|>", "<|pad|>"])
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>").save_pretrained(folder)
     return folder
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,7 +46,7 @@ def merge(
     layout = Layout.read(checkpoint)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists and is not empty; give another --output or remove it")
-    config = json.loads((checkpoint / "model" / "config.json").read_text(encoding="utf-8"))
+    config = _config(checkpoint / "model" / "config.json")
     name = dtype or config.get("dtype") or config.get("torch_dtype") or layout.dtype
     if name not in DTYPES:
         raise CheckpointError(f"--dtype {name}: give {', '.join(DTYPES)}")
@@ -79,6 +80,20 @@ def find_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path.absolute()}: no checkpoint here; give a step-N folder or a run's output folder")
 
 
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); copy it from the base model") from None
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise SafetensorError(f"{path.name}: {error}") from None
+
+
 def _write_weights(
     checkpoint: Path,
     layout: Layout,
@@ -89,9 +104,7 @@ def _write_weights(
 ) -> None:
     shards = _split(layout, dtype, shard_bytes)
     total = sum(len(shard) for shard in shards)
-    files = [
-        safe_open(rank_file(checkpoint, rank, layout.world_size), framework="pt") for rank in range(layout.world_size)
-    ]
+    files = [_open(rank_file(checkpoint, rank, layout.world_size)) for rank in range(layout.world_size)]
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -83,7 +83,8 @@ def launch(ranks: int, worker_arguments: Sequence[str], output: Path, environmen
     interrupted.restore()
     if code == 0:
         return STOPPED if interrupted.count else 0
-    if interrupted.count > 1:
+    # Before its first step a worker that is asked to stop ends at once, with STOPPED or by the signal.
+    if interrupted.count > 1 or (interrupted.count and (code == STOPPED or _signal(code) == signal.SIGTERM)):
         return STOPPED
     raise LaunchError(_first_error(output, code))
 
@@ -99,8 +100,11 @@ class _Interrupts:
         self.count += 1
         if self.count == 1:
             print("\nstopping: the workers finish their step and save; again to end them at once", file=sys.stderr)
-            for worker in _children(self.process.pid):
+            workers = [child for child in _children(self.process.pid) if _is_worker(child)]
+            for worker in workers:
                 worker.send_signal(signal.SIGTERM)
+            if not workers:  # not started yet
+                self.process.terminate()
         else:
             for child in _children(self.process.pid):
                 child.kill()
@@ -118,18 +122,34 @@ def _children(pid: int) -> list[psutil.Process]:
         return []
 
 
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return "bigtune.train" in process.cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+
+
+def _signal(code: int) -> int | None:
+    """The signal that a launcher's exit code tells of: -N of its own, 256 - N of a worker, 128 + N of a shell."""
+    if code < 0:
+        return -code
+    return 256 - code if code > 192 else code - 128 if code > 128 else None
+
+
+LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What gloo and NCCL say of a rank that is gone; its own words, or its silence, are the cause."""
+
+
 def _first_error(output: Path, code: int) -> str:
     """What the rank that failed first has to say."""
     errors = sorted((output / "logs").glob("rank-*.error"), key=lambda path: path.stat().st_mtime_ns)
-    if errors:
-        rank = errors[0].stem.removeprefix("rank-")
-        return f"rank {rank}: {errors[0].read_text(encoding='utf-8').strip()}"
-    ending = (
-        f"was ended by signal {code - 128 if code > 128 else -code}"
-        if code < 0 or code > 128
-        else f"ended with code {code}"
-    )
-    return f"a worker {ending} without a word (out of memory?); see {output / 'logs'}"
+    said = {path.stem.removeprefix("rank-"): path.read_text(encoding="utf-8").strip() for path in errors}
+    causes = [f"rank {rank}: {text}" for rank, text in said.items() if not any(lost in text for lost in LOST_RANK)]
+    if causes:
+        return causes[0]
+    ended_by = _signal(code)
+    ending = f" by signal {ended_by}" if ended_by else "" if said else f" with code {code}"
+    return f"a worker ended{ending} without a word (out of memory?); see {output / 'logs'}"
 
 
 def _free_port() -> int:

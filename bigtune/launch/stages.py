@@ -60,6 +60,14 @@ def train_here(
     return launch(ranks, arguments + ([f"--resume={resume}"] if resume else []), run.output, {PREPARED: "1"})
 
 
+def merge_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, shard_size: str = "5GB") -> Path:
+    """Merge a checkpoint into a model folder, with a bar."""
+    from bigtune.checkpoint.merge import merge, parse_size
+
+    with bar("merge") as shown:
+        return merge(checkpoint, output, dtype, parse_size(shard_size), shown.advance_to)
+
+
 def evaluate_model(run: Run, model: Path) -> "Report":
     """Score a model folder on the run's held-out rows, with a bar.
 

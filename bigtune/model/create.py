@@ -47,6 +47,7 @@ def create_llama(
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads or heads,
         max_position_embeddings=context,
+        initializer_range=0.02 * (768 / hidden_size) ** 0.5,  # the usual 0.02 is that of GPT-2's width
         tie_word_embeddings=tied,
         bos_token_id=vocabulary.bos_token_id,
         eos_token_id=vocabulary.eos_token_id,

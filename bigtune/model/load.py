@@ -74,7 +74,11 @@ def saved_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def materialise_buffers(model: PreTrainedModel, shards: Shards, device: torch.device) -> None:
-    """Give every buffer memory and its value: from the files, or as the model itself computes it."""
+    """Give every buffer memory and its value: from the files, or as the model itself computes it.
+
+    Call it before the parameters are partitioned: transformers initialises a module's buffers together with
+    its parameters, which costs nothing on the meta device.
+    """
     saved = saved_buffers(model)
     for module_name, module in model.named_modules():
         computed = False

@@ -108,8 +108,8 @@ class Engine:
         shards = Shards(model_path)
         check_tensors(model, shards)
         self.tied = _tied_names(model)
+        materialise_buffers(model, shards, device())  # while the parameters have their shapes
         self.parameters = _partition(model, shards, ds_config, dtype, world)
-        materialise_buffers(model, shards, device())
         head = replace_head(model)
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload and cpu_adam else torch.optim.AdamW

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import byte_level_bpe
 
 CORPUS = [
     "### Instruction:\nWhat is two plus two?\n\n### Response:\nTwo plus two is four.",
@@ -26,17 +28,7 @@ CHATML = (
 
 def build_tokenizer(template: str | None = None, bos: bool = False) -> Any:
     """A fast tokenizer with <|end|> as eos and <|pad|>; with <s> in front of plain text if `bos`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|end|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer = byte_level_bpe(CORPUS * 4, 400, ["<|end|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<s>"])
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]

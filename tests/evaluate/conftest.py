@@ -7,22 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.tiny import byte_level_bpe
 
 WORDS = "how many eggs are left answer the name of a colour is blue red 12 7 #### instruction response"
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator([f"{WORDS}\n\n{WORDS}\n"] * 20, trainer)
+    core = byte_level_bpe([f"{WORDS}\n\n{WORDS}\n"] * 20, 400, ["<s>", "</s>"])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 

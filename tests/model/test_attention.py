@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(folder: Path, implementation: str) -> LlamaForCausalLM:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=implementation)
     assert model.config.num_attention_heads != model.config.num_key_value_heads
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_one_document_needs_no_offsets(packed: LlamaForCausalLM, tokens_S: torch
     assert torch.equal(packed(tokens_S[None]).logits, with_offsets)
 
 
-def tensors(length: int = 6) -> tuple[torch.Tensor, ...]:
+def tensors(length: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8), torch.randn(1, 2, length, 8)
 
 

@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
-from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig
-from transformers import GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from bigtune.errors import ModelError
 from bigtune.model import head
@@ -16,7 +24,9 @@ from bigtune.model.head import LossHead, replace_head
 TOKENS, WIDTH, VOCABULARY = 11, 24, 53
 
 
-def problem(dtype: torch.dtype, tokens: int = TOKENS, bias: bool = True) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
+def problem(
+    dtype: torch.dtype, tokens: int = TOKENS, bias: bool = True
+) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
     torch.manual_seed(0)
     layer = nn.Linear(WIDTH, VOCABULARY, bias=bias, dtype=dtype)
     hidden = torch.randn(tokens, WIDTH).to(dtype).requires_grad_()

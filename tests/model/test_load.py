@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from bigtune.config import Optim
 from bigtune.dist import World
@@ -83,7 +83,9 @@ def load_on_rank(folder: Path, precision: str, threshold: int) -> dict[str, Any]
             name: parameter.ds_tensor.float().numpy().copy()  # type: ignore[attr-defined]
             for name, parameter in engine.parameters.items()
         },
-        "buffers": {name: (str(b.dtype), b.float().numpy().copy()) for name, b in engine._engine.module.named_buffers()},
+        "buffers": {
+            name: (str(b.dtype), b.float().numpy().copy()) for name, b in engine._engine.module.named_buffers()
+        },
     }
 
 
@@ -111,6 +113,21 @@ def test_partitions_put_together_are_the_pretrained_weights(
     assert sum(rank["bytes"] for rank in loaded) == 4 * sum(value.numel() for value in wanted.values())
     if ranks > 1:
         assert max(rank["bytes"] for rank in loaded) < 1.1 / ranks * sum(rank["bytes"] for rank in loaded)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_buffers_beside_weights_load_too(tmp_path: Path, precision: str) -> None:
+    """Gemma 3 scales its embeddings by a buffer, and transformers fills it together with the weights."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma3TextConfig(vocab_size=64, num_key_value_heads=1, head_dim=16, pad_token_id=0, **sizes)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    (rank,) = run_distributed(load_on_rank, 1, tmp_path, precision, 0)
+    wanted = dict(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=DTYPES[precision]).named_buffers())
+    assert "model.embed_tokens.embed_scale" in wanted
+    for name, buffer in wanted.items():
+        dtype, values = rank["buffers"][f"model.{name}"]
+        assert dtype == str(buffer.dtype)
+        assert torch.equal(torch.from_numpy(values), buffer.float()), name
 
 
 def rewrite(folder: Path, change: Any) -> None:

@@ -25,7 +25,8 @@ def folder(tmp_path: Path) -> Path:
 def truth(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(folder / SINGLE)
+    tensors: dict[str, torch.Tensor] = load_file(folder / SINGLE)
+    return tensors
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, 21), (0, 1), (20, 1), (5, 9), (3, 0)])
@@ -115,6 +116,6 @@ def test_a_folder_without_safetensors_is_refused_by_its_full_path(
 ) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
-    message = refused(Path("."))
+    message = refused(Path())
     assert str(tmp_path) in message
     assert "bigtune loads safetensors only" in message

@@ -72,7 +72,7 @@ def test_a_key_that_the_run_file_owns_is_refused_with_the_run_files_key(tmp_path
 
 
 def test_no_owned_key_is_left_untested() -> None:
-    marks = test_a_key_that_the_run_file_owns_is_refused_with_the_run_files_key.pytestmark  # type: ignore[attr-defined]
+    marks = test_a_key_that_the_run_file_owns_is_refused_with_the_run_files_key.pytestmark
     assert {case[0] for case in marks[0].args[1]} == set(OWNED)
 
 
@@ -91,13 +91,17 @@ def test_the_json_of_hugging_faces_documentation_is_accepted(tmp_path: Path) -> 
     assert "optimizer" not in config
     assert "scheduler" not in config
     assert "fp16" not in config
-    assert config["zero_optimization"] | {
-        "reduce_bucket_size": 10_000,
-        "stage3_prefetch_bucket_size": 9_000,
-        "stage3_param_persistence_threshold": 1_000,
-        "overlap_comm": True,
-        "stage3_max_live_parameters": 1e9,
-    } == config["zero_optimization"]
+    assert (
+        config["zero_optimization"]
+        | {
+            "reduce_bucket_size": 10_000,
+            "stage3_prefetch_bucket_size": 9_000,
+            "stage3_param_persistence_threshold": 1_000,
+            "overlap_comm": True,
+            "stage3_max_live_parameters": 1e9,
+        }
+        == config["zero_optimization"]
+    )
     assert config["train_micro_batch_size_per_gpu"] == 3
     assert config["gradient_clipping"] == 0.5
     assert config["bf16"] == {"enabled": True}

@@ -3,7 +3,7 @@
 import pytest
 
 from bigtune.dist import World
-from bigtune.launch.cores import cores_of
+from bigtune.train.cores import cores_of
 
 
 def shares(workers: int, cores: list[int]) -> list[list[int]]:

@@ -1,0 +1,419 @@
+"""A run that stopped goes on to the last bit, and its model is what was trained, whatever went wrong between."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from bigtune.checkpoint.layout import Layout
+from bigtune.checkpoint.merge import merge, parse_size
+from bigtune.config import Run, load_run
+from bigtune.data.prepare import prepare
+from bigtune.dist import World
+from bigtune.errors import BigtuneError, CheckpointError
+from bigtune.train.console import WorkerConsole
+from bigtune.train.signals import StopRequest
+from bigtune.train.start import find_start
+from tests.distributed import run_distributed
+from tests.tiny import tiny_model, tiny_run, write_rows
+
+STEPS, STOP_AFTER, RANKS = 7, 3, 2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class StopAfter(StopRequest):
+    """As if this worker got SIGTERM during a step; `train` asks once a step."""
+
+    def __init__(self, steps: int | None) -> None:
+        self.can_wait, self._left = False, steps
+
+    @property
+    def asked(self) -> bool:  # type: ignore[override]
+        if self._left is None:
+            return False
+        self._left -= 1
+        return self._left < 0
+
+
+def train_on_rank(run: Run, stop_after: int | None = None, resume: str | None = None) -> str:
+    """What a worker does, in one of the test's lasting ones. Returns the error that a user would see."""
+    from bigtune.train.loop import train
+
+    world = World.from_environment()
+    try:
+        console = WorkerConsole(run.output, world)
+        stop = StopAfter(stop_after if world.rank == world.world_size - 1 else None)  # one rank alone is asked
+        train(run, world, find_start(run, resume), stop, console, time.monotonic())
+    except BigtuneError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def train(run: Run, ranks: int = RANKS, **options: Any) -> None:
+    assert run_distributed(train_on_rank, ranks, run, *options.values()) == [""] * ranks
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of STEPS steps that nothing interrupted, and how to make another like it."""
+
+    folder: Path
+    settings: dict[str, Any]
+    run: Run
+
+    def another(self, output: Path, **changes: Any) -> Run:
+        return tiny_run(self.folder, **{**self.settings, "output": str(output), **changes})
+
+
+@pytest.fixture(scope="module", params=["adamw tied float32", "adamw_8bit untied float32", "adamw_8bit tied bfloat16"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return make_trained(tmp_path_factory.mktemp("trained"), *request.param.split())
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Where neither the optimizer nor the model matters."""
+    return make_trained(tmp_path_factory.mktemp("plain"), "adamw", "tied", "float32")
+
+
+def make_trained(folder: Path, optimizer: str, tied: str, precision: str) -> Trained:
+    tiny_model(folder / "model", tied=tied == "tied", dtype=precision)
+    write_rows(folder / "rows.jsonl")
+    settings = {
+        "optim__name": optimizer, "train__precision": precision, "train__steps": STEPS,
+        "checkpoint__every_steps": STOP_AFTER, "data__store": str(folder / "store"), "train__global_batch": 3,
+    }  # fmt: skip
+    run = tiny_run(folder, **settings)
+    prepare(run.data, run.model.path, run.store)
+    train(run)
+    return Trained(folder, settings, run)
+
+
+def step(run: Run, number: int = STEPS) -> Path:
+    return run.output / "checkpoints" / f"step-{number}"
+
+
+def metrics(run: Run) -> list[dict[str, Any]]:
+    """All of them but what the clock and the memory say."""
+    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    timing = ("time", "step_seconds", "tokens_per_second", "peak_memory_gib")
+    return [{key: value for key, value in line.items() if key not in timing} for line in lines]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by rank file and name."""
+    files = sorted(folder.glob("rank-*.safetensors"))
+    assert files
+    return {f"{path.name} {name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """Names of the tensors that are not the same to the last bit."""
+    first, second = tensors(one), tensors(other)
+    assert first.keys() == second.keys()
+    return [
+        name
+        for name, tensor in first.items()
+        if tensor.dtype != second[name].dtype
+        or not torch.equal(tensor.view(torch.uint8), second[name].view(torch.uint8))
+    ]
+
+
+def test_a_run_that_stopped_and_went_on_equals_one_that_did_not(trained: Trained, tmp_path: Path) -> None:
+    run = trained.another(tmp_path / "stopped", checkpoint__every_steps=None)
+    train(run, stop_after=STOP_AFTER)
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3]
+    assert differing(step(run, STOP_AFTER), step(trained.run, STOP_AFTER)) == []
+    train(run)
+    assert metrics(run) == metrics(trained.run)
+    assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
+    assert differing(step(run), step(trained.run)) == []
+    assert differing(step(run), step(run, STOP_AFTER)) != []  # the comparison sees training
+    for name in ("trainer.json", "data.json", "layout.json"):
+        assert (step(run) / name).read_text() == (step(trained.run) / name).read_text()
+
+
+def test_training_learns_and_crosses_an_epoch(trained: Trained) -> None:
+    """So that the equality above is about something."""
+    lines = metrics(trained.run)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["epoch"] > 1 > lines[STOP_AFTER - 1]["epoch"]
+    assert all(line["grad_norm"] > 0 and not line["skipped"] for line in lines)
+
+
+def test_going_back_to_an_earlier_step_computes_the_same_again(trained: Trained, tmp_path: Path) -> None:
+    """`--resume step-3` drops the later lines and replaces the later checkpoints."""
+    shutil.copytree(trained.run.output, tmp_path / "run")
+    run = trained.another(tmp_path / "run")
+    (step(run) / "trainer.json").unlink()
+    train(run, stop_after=None, resume=f"step-{STOP_AFTER}")
+    assert metrics(run) == metrics(trained.run)
+    assert differing(step(run), step(trained.run)) == []
+    assert (step(run) / "trainer.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["moment", "master"])
+def test_one_changed_value_in_the_saved_file_would_be_seen(trained: Trained, tmp_path: Path, kind: str) -> None:
+    """The mutation: otherwise the equality might hold because states do not matter."""
+    shutil.copytree(trained.run.output, tmp_path / "run")
+    run = trained.another(tmp_path / "run")
+    layout = Layout.read(step(run, STOP_AFTER))
+    moment = "exp_avg" if run.optim.name == "adamw" else "state1"
+    path = step(run, STOP_AFTER) / "rank-00000-of-00002.safetensors"
+    content = load_file(path)
+    assert layout.sub_groups[0].group == "matrices"
+    changed = content[f"0.{moment if kind == 'moment' else 'master'}"]
+    if changed.dtype == torch.uint8:
+        changed[0] ^= 64
+    else:
+        changed[0] += 1e-2
+    save_file(content, path)
+    train(run, stop_after=None, resume=f"step-{STOP_AFTER}")
+    assert differing(step(run), step(trained.run)) != []
+
+
+def test_another_number_of_ranks_is_refused_in_one_line(plain: Trained, tmp_path: Path) -> None:
+    run = plain.another(tmp_path / "one", train__steps=STEPS + 1)
+    (message,) = run_distributed(train_on_rank, 1, run, None, str(step(plain.run)))
+    assert message.startswith("CheckpointError: ")
+    assert "written by 2 ranks; resuming on 1 is not supported yet; start with --ranks 2" in message
+    assert "\n" not in message
+
+
+def test_other_documents_are_refused(plain: Trained, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", count=41)
+    run = plain.another(tmp_path / "other", data__store=str(tmp_path / "store"), train__steps=STEPS + 1)
+    other = tiny_run(plain.folder, data__sources=[{"path": str(rows)}])
+    prepare(other.data, run.model.path, run.store)
+    messages = run_distributed(train_on_rank, RANKS, run, None, str(step(plain.run)))
+    assert all("was trained on other documents" in message for message in messages)
+
+
+def test_a_run_that_is_done_changes_nothing(plain: Trained) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (plain.run.output / "checkpoints").rglob("*")}
+    lines = metrics(plain.run)
+    train(plain.run)
+    assert {path: path.stat().st_mtime_ns for path in (plain.run.output / "checkpoints").rglob("*")} == before
+    assert metrics(plain.run) == lines
+
+
+def test_only_the_last_checkpoints_are_kept_where_asked(plain: Trained, tmp_path: Path) -> None:
+    run = plain.another(tmp_path / "pruned", checkpoint__every_steps=1, checkpoint__keep_last=2, train__steps=4)
+    train(run)
+    assert sorted(path.name for path in (run.output / "checkpoints").iterdir()) == ["latest", "step-3", "step-4"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_8_bit_states_are_the_matrices_alone_on_any_number_of_ranks(
+    trained: Trained, tmp_path: Path, ranks: int
+) -> None:
+    run = trained.another(tmp_path / "run", train__steps=1, optim__warmup_steps=0)
+    train(run, ranks=ranks)
+    layout = Layout.read(step(run, 1))
+    assert {group.group for group in layout.sub_groups} == {"matrices", "embeddings", "vectors"}
+    kinds = ("exp_avg", "exp_avg_sq") if run.optim.name == "adamw" else ("state1", "state2")
+    for group in layout.sub_groups:
+        eight = run.optim.name == "adamw_8bit" and group.group == "matrices"
+        for rank in range(ranks):
+            content = load_file(step(run, 1) / f"rank-{rank:05d}-of-{ranks:05d}.safetensors")
+            assert content[f"{group.index}.master"].dtype == torch.float32
+            for kind in kinds:
+                assert content[f"{group.index}.{kind}"].dtype == (torch.uint8 if eight else torch.float32)
+                assert len(content[f"{group.index}.{kind}"]) == group.numel
+                assert group.states[kind].dtype == ("uint8" if eight else "float32")
+            if eight:
+                assert group.states["absmax1"].block == 256
+                assert len(content[f"{group.index}.absmax1"]) == -(-group.numel // 256)
+
+
+# ------------------------------------------------------------------------------------------------ merging
+
+
+def whole_parameters(folder: Path) -> dict[str, torch.Tensor]:
+    """The float32 values of a checkpoint, put together by hand from its files."""
+    layout = json.loads((folder / "layout.json").read_text())
+    ranks = [load_file(path) for path in sorted(folder.glob("rank-*.safetensors"))]
+    whole = {}
+    for group in layout["sub_groups"]:
+        for entry in group["parameters"]:
+            start, end = entry["offset"], entry["offset"] + entry["length"]
+            flat = torch.cat([content[f"{group['index']}.master"][start:end] for content in ranks])
+            numel = torch.Size(entry["shape"]).numel()
+            whole[entry["name"]] = flat[:numel].view(entry["shape"])
+    return whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
+@pytest.mark.parametrize("shard_bytes", [30_000, 10**9])
+def test_the_merged_model_is_what_was_trained(
+    trained: Trained, tmp_path: Path, dtype: str | None, shard_bytes: int
+) -> None:
+    output = merge(trained.run.output, tmp_path / "merged", dtype, shard_bytes)
+    wanted_dtype = DTYPES[dtype or trained.run.train.precision]  # the base model was saved in it
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.dtype == wanted_dtype
+    wanted = whole_parameters(step(trained.run))
+    base = dict(AutoModelForCausalLM.from_pretrained(trained.run.model.path).named_parameters())
+    found = dict(model.named_parameters())
+    assert found.keys() == wanted.keys() == base.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value.to(wanted_dtype)), name
+    assert not torch.equal(found["model.norm.weight"], base["model.norm.weight"].to(wanted_dtype))
+    tied = "lm_head.weight" not in wanted
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    files = sorted(path.name for path in output.glob("*.safetensors"))
+    if shard_bytes == 10**9:
+        assert files == ["model.safetensors"]
+        assert not (output / "model.safetensors.index.json").exists()
+    else:
+        index = json.loads((output / "model.safetensors.index.json").read_text())
+        assert len(files) > 2
+        assert sorted(set(index["weight_map"].values())) == files
+        assert index["weight_map"].keys() == wanted.keys()
+        for file in files:  # a larger tensor has a file of its own
+            assert (output / file).stat().st_size < 40_000 or len(load_file(output / file)) == 1
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= {path.name for path in output.iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]  # nothing is left aside
+
+
+def test_a_step_a_run_and_a_checkpoints_folder_may_be_merged(plain: Trained, tmp_path: Path) -> None:
+    for number, path in enumerate((plain.run.output, step(plain.run).parent, step(plain.run))):
+        output = merge(path, tmp_path / str(number))
+        assert torch.equal(load_file(output / "model.safetensors")["model.norm.weight"],
+                           load_file(tmp_path / "0" / "model.safetensors")["model.norm.weight"])  # fmt: skip
+    earlier = merge(step(plain.run, STOP_AFTER), tmp_path / "earlier")
+    assert not torch.equal(load_file(earlier / "model.safetensors")["model.norm.weight"],
+                           load_file(tmp_path / "0" / "model.safetensors")["model.norm.weight"])  # fmt: skip
+
+
+def test_the_template_that_was_learnt_goes_with_the_model(plain: Trained, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    merged = AutoTokenizer.from_pretrained(merge(plain.run.output, tmp_path / "merged"))
+    assert AutoTokenizer.from_pretrained(plain.run.model.path).chat_template is None
+    text = merged.apply_chat_template([{"role": "user", "content": "Say red."}], tokenize=False)
+    assert "### Instruction:\nSay red." in text
+
+
+def refused(checkpoint: Path, output: Path, **options: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        merge(checkpoint, output, **options)
+    assert "\n" not in str(caught.value)
+    assert not output.with_name(output.name + ".partial").exists()
+    return str(caught.value)
+
+
+def test_merging_never_writes_over_anything(plain: Trained, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("mine")
+    assert "exists and is not empty; give another --output" in refused(plain.run.output, tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["precious.txt"]
+    assert "exists and is not empty" in refused(plain.run.output, tmp_path / "full" / "precious.txt")
+    (tmp_path / "empty").mkdir()
+    merge(plain.run.output, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "empty"])
+def test_a_damaged_rank_file_is_one_line_and_leaves_nothing(plain: Trained, tmp_path: Path, damage: str) -> None:
+    checkpoint = shutil.copytree(step(plain.run), tmp_path / "step-7")
+    path = checkpoint / "rank-00001-of-00002.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"truncated": content[:-100], "garbage": b"x" * 100, "empty": b""}[damage])
+    message = refused(checkpoint, tmp_path / "merged")
+    assert message.startswith(f"{checkpoint}: could not be merged into {tmp_path / 'merged'}: ")
+    assert "rank-00001" in message
+    assert not (tmp_path / "merged").exists()
+    run = plain.another(tmp_path / "resumed", train__steps=STEPS + 1)
+    messages = run_distributed(train_on_rank, RANKS, run, None, str(checkpoint))
+    assert all(message.startswith("CheckpointError: ") and "rank-00001" in message for message in messages)
+
+
+def test_a_folder_without_a_checkpoint_is_one_line(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none"):
+        assert "no checkpoint here; give a step-N folder or a run's output folder" in refused(path, tmp_path / "merged")
+
+
+def test_a_checkpoint_without_its_config_is_one_line(plain: Trained, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(step(plain.run), tmp_path / "step-7")
+    (checkpoint / "model" / "config.json").unlink()
+    assert "config.json" in refused(checkpoint, tmp_path / "merged")
+
+
+def test_sizes_are_read_as_people_write_them() -> None:
+    sizes = {"5GB": 5 * 10**9, "500MB": 5 * 10**8, "2GiB": 2**31, "1.5 kb": 1500, "7B": 7, "1tb": 10**12}
+    assert {text: parse_size(text) for text in sizes} == sizes
+    for text in ("", "5", "GB", "0GB", "-1GB", "5 gigabytes", "5G"):
+        with pytest.raises(CheckpointError, match="--max-shard-size"):
+            parse_size(text)
+
+
+# -------------------------------------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """The checkpoints folder of `tmp_path / "run"`, on a file system of its own."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    if _mount("-t", "tmpfs", "-o", "size=64k", "bigtune-test", str(folder)):
+        pytest.skip("this container may not mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _mount(*arguments: str) -> int:
+    return subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode
+
+
+@pytest.mark.parametrize("room", [0.25, 0.6, 0.97], ids=["first file", "second file", "last bytes"])
+def test_a_full_disk_costs_the_new_checkpoint_only(
+    plain: Trained, small_disk: Path, room: float, tmp_path: Path
+) -> None:
+    """There is room for one checkpoint and a part of the second."""
+    run = plain.another(small_disk.parent, checkpoint__every_steps=STOP_AFTER)
+    size = sum(-(-path.stat().st_size // 4096) * 4096 for path in step(plain.run).rglob("*") if path.is_file())
+    assert _mount("-o", f"remount,size={int((1 + room) * size)}", str(small_disk)) == 0
+    messages = run_distributed(train_on_rank, RANKS, run)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith(f"CheckpointError: {small_disk / 'step-6'}: could not be saved (rank ")
+    assert "the checkpoint before stays the latest; make room and start again" in messages[0]
+    assert "\n" not in messages[0]
+    assert sorted(path.name for path in small_disk.iterdir()) == ["latest", "step-3"]
+    assert (small_disk / "latest").read_text() == "step-3\n"
+    merge(run.output, tmp_path / "merged")
+    assert _mount("-o", "remount,size=64m", str(small_disk)) == 0
+    train(run)
+    assert metrics(run) == metrics(plain.run)
+    assert differing(step(run), step(plain.run)) == []
+
+
+def test_a_checkpoint_of_a_killed_save_is_no_checkpoint(plain: Trained, tmp_path: Path) -> None:
+    """A kill leaves step-N.partial: never resumed, and gone after the next save of that step."""
+    shutil.copytree(plain.run.output, tmp_path / "run")
+    run = plain.another(tmp_path / "run", train__steps=STEPS + 1)
+    partial = step(run).with_name(f"step-{STEPS + 1}.partial")
+    shutil.copytree(step(run), partial)
+    assert find_start(run, None) == step(run)
+    train(run)
+    assert not partial.exists()
+    assert find_start(run, None) == step(run, STEPS + 1)
+
+
+def test_the_checkpoint_holds_the_run_that_made_it(plain: Trained) -> None:
+    assert load_run(step(plain.run) / "run.yaml") == plain.run
+    versions = json.loads((step(plain.run) / "trainer.json").read_text())["versions"]
+    assert set(versions) == {"bigtune", "torch", "deepspeed", "transformers"}
