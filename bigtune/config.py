@@ -64,7 +64,7 @@ class Optim(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     final_learning_rate: float = Field(
-        default=0.0, ge=0, le=1, description="at the last step, as a fraction of learning_rate"
+        default=0.0, ge=0, le=1, description="what the schedule falls towards, as a fraction of learning_rate"
     )
     betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Strict(False)] = (
         0.9,

@@ -12,7 +12,7 @@ from typing import Any
 from bigtune.demo.world import World, build_world
 
 SEEN, NEW = "seen phrasing", "new phrasing"
-HELD_OUT_TOWNS = 20
+HELD_OUT_TOWNS = 15
 ROWS_A_QUESTION = 6
 """Wordings in which each training question is asked."""
 

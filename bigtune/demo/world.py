@@ -59,6 +59,15 @@ FACTS = {
     ),
 }
 
+OPENINGS = (
+    "{town} is a town.",
+    "This page is about {town}.",
+    "Who travels there will like {town}.",
+    "Here is what people say about {town}.",
+    "Let us look at {town}.",
+    "{town} lies by a river.",
+)
+
 World = dict[str, dict[str, str]]
 
 
@@ -85,6 +94,13 @@ def pretraining_texts(seed: int, count: int = 6000) -> list[str]:
 
 
 def _paragraph(world: World, rng: random.Random) -> str:
+    """One town's facts; after an opening that names it, half of them speak of "the town" alone.
+
+    So the model learns to look the town up from wherever it was named, as a question will need it.
+    """
     town = rng.choice(list(world))
-    kinds = rng.sample(list(FACTS), len(FACTS))
-    return " ".join(rng.choice(FACTS[kind]).format(town=town, value=world[town][kind]) for kind in kinds)
+    sentences = [rng.choice(OPENINGS).format(town=town)]
+    for kind in rng.sample(list(FACTS), len(FACTS)):
+        sentence = rng.choice(FACTS[kind]).format(town=rng.choice((town, "the town")), value=world[town][kind])
+        sentences.append(sentence[0].upper() + sentence[1:])
+    return " ".join(sentences)

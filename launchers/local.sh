@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Workers on this host through DeepSpeed's own command: launchers/local.sh RUN.yaml [RANKS] [--set KEY=VALUE …]
+# The same as `bigtune train RUN.yaml --ranks RANKS`, for those who start everything with `deepspeed`.
+set -euo pipefail
+run=${1:?usage: launchers/local.sh RUN.yaml [RANKS] [--set KEY=VALUE …]}
+ranks=${2:-2}
+exec deepspeed --num_accelerators "$ranks" --module bigtune.train "$run" "${@:3}"

@@ -1,0 +1,59 @@
+"""Write docs/run-file.md from the sections of bigtune/config.py; a test holds the two together."""
+
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from bigtune.config import Run
+
+HEAD = """# The run file
+
+Every key, from `bigtune/config.py`. An unknown key, a wrong type or a bad range is an error that names it. Relative
+paths are relative to the directory that a command is started in.
+
+"""
+
+
+def document() -> str:
+    """The page as Markdown."""
+    sections = {name: field for name, field in Run.model_fields.items() if _section(field.annotation)}
+    text = HEAD + _table(Run, skip=set(sections))
+    for name, field in sections.items():
+        section = _section(field.annotation)
+        assert section is not None
+        text += f"\n## {name}\n{section.__doc__}\n\n{_table(section)}"
+    return text
+
+
+def _table(section: type[BaseModel], skip: typing.Collection[str] = ()) -> str:
+    lines = ["| key | default | what |", "| --- | --- | --- |"]
+    for name, field in section.model_fields.items():
+        if name not in skip:
+            default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"
+            lines.append(f"| `{name}` | {default} | {_allowed(field.annotation)}{field.description or ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(
+        (part for part in typing.get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)), None
+    )
+
+
+def _plain(value: Any) -> str:
+    return "none" if value is None else str(list(value) if isinstance(value, tuple) else value)
+
+
+def _allowed(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return " or ".join(f"`{choice}`" for choice in typing.get_args(annotation)) + ". "
+    return ""
+
+
+if __name__ == "__main__":
+    Path("docs/run-file.md").write_text(document(), encoding="utf-8")
