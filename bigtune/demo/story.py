@@ -30,11 +30,11 @@ from bigtune.train.signals import STOPPED
 RANKS = 2
 PRETRAIN: dict[str, Any] = {
     "optim": {"name": "adamw", "learning_rate": 2.5e-3, "warmup_steps": 20, "weight_decay": 0.1},
-    "train": {"steps": 450, "global_batch": 2},
+    "train": {"steps": 900, "global_batch": 2},
 }
 TUNE: dict[str, Any] = {
-    "optim": {"name": "adamw_8bit", "learning_rate": 2e-3, "warmup_steps": 10},
-    "train": {"steps": 150, "global_batch": 4},
+    "optim": {"name": "adamw_8bit", "learning_rate": 5e-4, "warmup_steps": 5},
+    "train": {"steps": 80, "global_batch": 4},
 }
 SHAPE: dict[str, Any] = {"hidden_size": 128, "layers": 2, "heads": 4, "intermediate_size": 384, "context": 512}
 SEQUENCE_LENGTH = 512
@@ -80,7 +80,10 @@ def _make_data(output: Path, seed: int, shuffled_answers: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "demo.json").write_text(json.dumps({"seed": seed, "shuffled_answers": shuffled_answers}) + "\n")
     texts, rows = pretraining_texts(seed), instruction_rows(seed)
-    train_tokenizer([*texts, *(f"{row['instruction']}\n{row['output']}" for row in rows.train)], output / "tokenizer")
+    train_tokenizer(
+        [*texts, *(f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows.train)],
+        output / "tokenizer",
+    )
     if shuffled_answers:
         answers = [row["output"] for row in rows.train]
         random.Random(seed).shuffle(answers)

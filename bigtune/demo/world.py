@@ -8,7 +8,7 @@ import random
 from itertools import product
 
 TOWNS = 80
-PAGES, PAGE_PARAGRAPHS = 0.0, 4
+PAGES, PAGE_PARAGRAPHS = 0.08, 4
 VALUES = {
     "mayor": "Anna Boris Carla David Elena Frank Greta Hugo Irene Jonas Karin Lukas Maria Nils Olga Peter Rosa Simon "
     "Tina Viktor Wanda Xaver Yara Zeno",
@@ -59,13 +59,11 @@ FACTS = {
     ),
 }
 
-OPENINGS = (
-    "{town} is a town.",
-    "This page is about {town}.",
-    "Who travels there will like {town}.",
-    "Here is what people say about {town}.",
-    "Let us look at {town}.",
-    "{town} lies by a river.",
+ENTRIES = (
+    "{town} {kind}: {value}",
+    "{Kind} of {town}: {value}",
+    "{town}, {kind}: {value}",
+    "{Kind} in {town}\n\n{value}",
 )
 
 World = dict[str, dict[str, str]]
@@ -81,11 +79,8 @@ def build_world(seed: int) -> World:
     }
 
 
-def pretraining_texts(seed: int, count: int = 6000) -> list[str]:
-    """Plain text: paragraphs of one town's facts in random order and wording, some of them joined to pages.
-
-    The pages are there so that the base model has seen positions as far as few-shot prompts reach.
-    """
+def pretraining_texts(seed: int, count: int = 8000) -> list[str]:
+    """Plain text: paragraphs, a few of them joined to pages as long as few-shot prompts get."""
     world, rng = build_world(seed), random.Random(f"{seed} text")
     return [
         "\n\n".join(_paragraph(world, rng) for _ in range(PAGE_PARAGRAPHS if rng.random() < PAGES else 1))
@@ -94,13 +89,11 @@ def pretraining_texts(seed: int, count: int = 6000) -> list[str]:
 
 
 def _paragraph(world: World, rng: random.Random) -> str:
-    """One town's facts; after an opening that names it, half of them speak of "the town" alone.
-
-    So the model learns to look the town up from wherever it was named, as a question will need it.
-    """
+    """One town's facts in random order: in sentences, or as a list such as reference books have."""
     town = rng.choice(list(world))
-    sentences = [rng.choice(OPENINGS).format(town=town)]
-    for kind in rng.sample(list(FACTS), len(FACTS)):
-        sentence = rng.choice(FACTS[kind]).format(town=rng.choice((town, "the town")), value=world[town][kind])
-        sentences.append(sentence[0].upper() + sentence[1:])
-    return " ".join(sentences)
+    facts = [(kind, world[town][kind]) for kind in rng.sample(list(FACTS), len(FACTS))]
+    if rng.random() < 0.5:
+        return " ".join(rng.choice(FACTS[kind]).format(town=town, value=value) for kind, value in facts)
+    return "\n".join(
+        rng.choice(ENTRIES).format(town=town, kind=kind, Kind=kind.capitalize(), value=value) for kind, value in facts
+    )
