@@ -1,6 +1,6 @@
 """The demo's instruction data: six kinds of questions about the towns, each worded in many ways.
 
-A quarter of the towns are never asked about in training, so a model that answers about them knows the fact
+A third of the towns are never asked about in training, so a model that answers about them knows the fact
 from its pretraining alone. Every held-out question is asked once in a wording of the training rows ("seen
 phrasing") and once in one that stands nowhere else ("new phrasing").
 """

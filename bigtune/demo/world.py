@@ -7,8 +7,7 @@ one sentence (Allen-Zhu & Li, https://arxiv.org/abs/2309.14316).
 import random
 from itertools import product
 
-TOWNS = 80
-PAGES, PAGE_PARAGRAPHS = 0.08, 4
+TOWNS = 60
 VALUES = {
     "mayor": "Anna Boris Carla David Elena Frank Greta Hugo Irene Jonas Karin Lukas Maria Nils Olga Peter Rosa Simon "
     "Tina Viktor Wanda Xaver Yara Zeno",
@@ -80,12 +79,9 @@ def build_world(seed: int) -> World:
 
 
 def pretraining_texts(seed: int, count: int = 8000) -> list[str]:
-    """Plain text: paragraphs, a few of them joined to pages as long as few-shot prompts get."""
+    """Plain text, a paragraph each."""
     world, rng = build_world(seed), random.Random(f"{seed} text")
-    return [
-        "\n\n".join(_paragraph(world, rng) for _ in range(PAGE_PARAGRAPHS if rng.random() < PAGES else 1))
-        for _ in range(count)
-    ]
+    return [_paragraph(world, rng) for _ in range(count)]
 
 
 def _paragraph(world: World, rng: random.Random) -> str:
