@@ -12,9 +12,10 @@ BEGAN = time.monotonic()
 
 import click  # noqa: E402
 
-from bigtune.config import load_run  # noqa: E402
+from bigtune.config import Run, load_run  # noqa: E402
 from bigtune.dist import PREPARED, World  # noqa: E402
 from bigtune.errors import BigtuneError  # noqa: E402
+from bigtune.train.console import WorkerConsole  # noqa: E402
 from bigtune.train.cores import bind  # noqa: E402
 from bigtune.train.signals import StopRequest, end_with_parent  # noqa: E402
 
@@ -37,8 +38,6 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, local_ra
     except BigtuneError as error:
         sys.exit(f"Error: {error}" if world.is_main else 1)
 
-    from bigtune.train.console import WorkerConsole
-
     console = WorkerConsole(run.output, world)
     try:
         _work(run, world, resume, stop, console)
@@ -48,7 +47,7 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, local_ra
         os._exit(1)  # at once: the other ranks may wait in a collective
 
 
-def _work(run, world, resume, stop, console) -> None:  # type: ignore[no-untyped-def]
+def _work(run: Run, world: World, resume: str | None, stop: StopRequest, console: WorkerConsole) -> None:
     from bigtune.data.prepare import prepare
     from bigtune.train.ds_config import read_preset
     from bigtune.train.ops import ensure_ops, load_ops, needed_ops
