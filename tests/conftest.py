@@ -9,4 +9,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         terminalreporter.write_line(f"not run: {report.nodeid} ({reason})")
     for item in terminalreporter.stats.get("deselected", []):
-        terminalreporter.write_line(f"not run: {item.nodeid} (deselected; `make test-all` runs it)")
+        if item.get_closest_marker("slow"):
+            terminalreporter.write_line(f"not run: {item.nodeid} (slow; `make test-all` runs it)")
