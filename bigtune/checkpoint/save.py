@@ -49,10 +49,8 @@ def save(
     _together(world, aside, lambda: _start(aside) if world.is_main else None)
     tensors, description = _collect(engine, world)
     _together(world, aside, lambda: _write_rank(aside, world, tensors))
-    if world.is_main:
-        _together(world, aside, lambda: _write_shared(aside, description, texts, model_files))
-    else:
-        _together(world, aside, lambda: None)
+    shared = (aside, description, texts, model_files)
+    _together(world, aside, lambda: _write_shared(*shared) if world.is_main else None)
     _together(world, aside, lambda: _publish(aside, folder, description) if world.is_main else None)
     return folder
 
