@@ -7,7 +7,7 @@ describes the world in the environment: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,11 +73,6 @@ def all_sum(values: Sequence[float]) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
-def all_agree(ok: bool) -> bool:
-    """Whether `ok` holds on every rank."""
-    return all_sum([0.0 if ok else 1.0])[0] == 0.0
-
-
 def from_main(value: float) -> float:
     """Rank 0's number, on every rank."""
     from torch import distributed
@@ -95,12 +90,28 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def gather(text: str) -> list[str]:
-    """Every rank's text, on every rank, in the order of ranks."""
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What went wrong on one rank."""
+
+    rank: int
+    text: str
+
+
+def first_problem(action: Callable[[], None], *kinds: type[Exception]) -> Problem | None:
+    """Run an action that may fail on some ranks only, collectively.
+
+    Returns:
+        On every rank the same: what the lowest rank says that failed with one of `kinds`, or None.
+    """
     from torch import distributed
 
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return [text]
-    texts = [""] * distributed.get_world_size()
-    distributed.all_gather_object(texts, text)
-    return texts
+    said: list[str | None] = [None]
+    try:
+        action()
+    except kinds as error:
+        said = [str(error)]
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        mine, said = said[0], [None] * distributed.get_world_size()
+        distributed.all_gather_object(said, mine)
+    return next((Problem(rank, text) for rank, text in enumerate(said) if text is not None), None)

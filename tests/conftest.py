@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests import distributed  # noqa: F401  # hides GPUs before torch is imported
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])

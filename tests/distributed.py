@@ -2,6 +2,9 @@
 
 Workers are spawned once for each world size and used again by every test of the session, so that a test
 pays for what it does and not for starting Python, torch and DeepSpeed.
+
+Importing this module hides the GPUs of a machine that has some: tests run on the CPU, so that they say the
+same everywhere, and those of CUDA ask for it with `cuda=True`.
 """
 
 import atexit
@@ -14,7 +17,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-_pools: dict[int, list[tuple[BaseProcess, Connection]]] = {}
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+Pool = list[tuple[BaseProcess, Connection]]
+_pools: dict[tuple[int, bool], Pool] = {}
 
 
 class WorkerFailed(AssertionError):
@@ -22,13 +29,14 @@ class WorkerFailed(AssertionError):
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int = 2, *arguments: Any, seconds: float = 300
+    function: Callable[..., Any], world_size: int = 2, *arguments: Any, seconds: float = 300, cuda: bool = False
 ) -> list[Any]:
     """Call `function(*arguments)` on every rank at once.
 
     Args:
         function: of a module, so that workers can import it; it finds its place in `World.from_environment()`.
         seconds: after which the ranks are given up as hung.
+        cuda: on a GPU each, instead of the CPU.
 
     Returns:
         The ranks' results, in order.
@@ -37,7 +45,7 @@ def run_distributed(
         WorkerFailed: a rank raised or hung. The workers of that world size are ended, since the others may
             wait in a collective; the next call spawns new ones.
     """
-    pool = _pools.get(world_size) or _spawn(world_size)
+    pool = _pools.get((world_size, cuda)) or _spawn(world_size, cuda)
     for _, connection in pool:
         connection.send((function, arguments))
     results: list[Any] = []
@@ -54,32 +62,37 @@ def run_distributed(
             ok, value = False, "it died"
         (results if ok else problems).append(value if ok else f"rank {rank}: {value}")
     if problems:
-        _end(world_size)
+        _end((world_size, cuda))
         raise WorkerFailed("\n".join(problems))
     return results
 
 
-def _spawn(world_size: int) -> list[tuple[BaseProcess, Connection]]:
+def _spawn(world_size: int, cuda: bool) -> Pool:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    pool: list[tuple[BaseProcess, Connection]] = []
+    pool: Pool = []
     for rank in range(world_size):
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, rank, world_size, port), daemon=True)
+        process = context.Process(target=_serve, args=(there, rank, world_size, port, cuda, GPUS), daemon=True)
         process.start()
         there.close()
         pool.append((process, here))
-    _pools[world_size] = pool
+    _pools[world_size, cuda] = pool
     return pool
 
 
-def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
+def _serve(connection: Connection, rank: int, world_size: int, port: int, cuda: bool, gpus: str | None) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cuda" if cuda else "cpu",
     }  # fmt: skip
+    if cuda and gpus is None:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    elif cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus or ""
     from bigtune.dist import World
     from bigtune.train.engine import connect
 
@@ -95,13 +108,13 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
             connection.send((False, traceback.format_exc()))
 
 
-def _end(world_size: int) -> None:
-    for process, connection in _pools.pop(world_size):
+def _end(key: tuple[int, bool]) -> None:
+    for process, connection in _pools.pop(key):
         connection.close()
         process.kill()  # a rank that waits in a collective does not read its pipe
 
 
 @atexit.register
 def _end_all() -> None:
-    for world_size in list(_pools):
-        _end(world_size)
+    for key in list(_pools):
+        _end(key)

@@ -1,70 +1,56 @@
-"""Put a checkpoint back into a live engine, to the last bit."""
+"""Read one rank's part of a checkpoint back, once it is known to fit."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-from bigtune import dist
 from bigtune.checkpoint.layout import MASTER, Layout, rank_file
-from bigtune.dist import World
 from bigtune.errors import CheckpointError
-from bigtune.train.engine import Engine
-from bigtune.train.optim import import_state
 
 
-def resume(folder: Path, engine: Engine, world: World) -> None:
-    """Overwrite this rank's partitions and optimizer states with those of a checkpoint, collectively.
+def read_partitions(
+    checkpoint: Path, rank: int, live: Layout
+) -> Iterator[tuple[dict[str, torch.Tensor], Mapping[str, float]]]:
+    """Tensors by kind, and the states' scalars, of each sub-group of `live`; one sub-group is in memory at a time.
 
     Raises:
-        CheckpointError: on every rank; another number of ranks, another model, or a broken file.
+        CheckpointError: another number of ranks, parameters laid out in another way, or a broken file.
     """
-    problem = ""
-    try:
-        _restore(folder, engine, world)
-    except CheckpointError as error:
-        problem = str(error)
-    except (OSError, SafetensorError) as error:
-        problem = f"{rank_file(folder, world.rank, world.world_size)}: {error}"
-    problems = [text for text in dist.gather(problem) if text]
-    if problems:
-        raise CheckpointError(problems[0])
-    engine.refresh()
-
-
-def _restore(folder: Path, engine: Engine, world: World) -> None:
-    saved = Layout.read(folder)
-    if saved.world_size != world.world_size:
+    saved = Layout.read(checkpoint)
+    if saved.world_size != live.world_size:
         raise CheckpointError(
-            f"{folder}: written by {saved.world_size} ranks; resuming on {world.world_size} is not supported yet; "
+            f"{checkpoint}: written by {saved.world_size} ranks; resuming on {live.world_size} is not supported yet; "
             f"start with --ranks {saved.world_size}"
         )
-    live = list(engine.sub_groups())
-    here = [[(p.name, p.shape, p.offset, p.length) for p in part.places] for part in live]
-    there = [[(p.name, p.shape, p.offset, p.length) for p in part.parameters] for part in saved.sub_groups]
-    if here != there:
+    if [part.parameters for part in saved.sub_groups] != [part.parameters for part in live.sub_groups]:
         raise CheckpointError(
-            f"{folder}: its parameters are laid out in another way than the model's; "
+            f"{checkpoint}: its parameters are laid out in another way than the model's; "
             "the model, the optimizer's groups or the DeepSpeed preset have changed since"
         )
-    with safe_open(rank_file(folder, world.rank, world.world_size), framework="pt") as file:
-        for part, description in zip(live, saved.sub_groups, strict=True):
-            part.master.data.copy_(file.get_tensor(f"{part.index}.{MASTER}"))
-            tensors = {kind: file.get_tensor(f"{part.index}.{kind}") for kind in description.states}
-            import_state(engine.base_optimizer, part.master, tensors, description.scalars)
+    path = rank_file(checkpoint, rank, saved.world_size)
+    try:
+        with safe_open(path, framework="pt") as file:
+            for part in saved.sub_groups:
+                kinds = (MASTER, *part.states)
+                yield {kind: file.get_tensor(f"{part.index}.{kind}") for kind in kinds}, part.scalars
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}; resume from another step") from None
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
     """One of a checkpoint's small files.
 
     Raises:
         CheckpointError: it is missing or broken.
     """
     try:
-        value = json.loads((folder / name).read_text(encoding="utf-8"))
+        value = json.loads((checkpoint / name).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("no JSON object")
         return value
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / name}: cannot be read ({error}); resume from another step") from None
+        raise CheckpointError(f"{checkpoint / name}: cannot be read ({error}); resume from another step") from None

@@ -7,7 +7,7 @@ of it, the remains are removed and the checkpoint before stays the latest.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bigtune import dist
-from bigtune.checkpoint import layout
-from bigtune.checkpoint.layout import MASTER, Layout, Parameter, State, SubGroup, rank_file, step_folder
-from bigtune.dist import World
+from bigtune.checkpoint.layout import FILE, MASTER, Layout, rank_file, step_folder
 from bigtune.errors import CheckpointError
-from bigtune.train.engine import Engine
-from bigtune.train.optim import BLOCK, export_state
 
 
 def save(
     checkpoints: Path,
     step: int,
-    engine: Engine,
-    world: World,
+    layout: Layout,
+    tensors: Mapping[str, torch.Tensor],
+    rank: int,
     texts: Mapping[str, str],
     model_files: Mapping[str, Path | str],
 ) -> Path:
     """Save all ranks' partitions as step-N, collectively.
 
     Args:
+        layout: who holds which elements, the same on every rank.
+        tensors: this rank's, by the names that they have in its file.
         texts: small files by name, such as trainer.json.
         model_files: what makes a model of the weights, by name: a file to copy, or its text.
 
@@ -46,31 +45,34 @@ def save(
     """
     folder = step_folder(checkpoints, step)
     aside = folder.with_name(folder.name + ".partial")
-    _together(world, aside, lambda: _start(aside) if world.is_main else None)
-    tensors, description = _collect(engine, world)
-    _together(world, aside, lambda: _write_rank(aside, world, tensors))
-    shared = (aside, description, texts, model_files)
-    _together(world, aside, lambda: _write_shared(*shared) if world.is_main else None)
-    _together(world, aside, lambda: _publish(aside, folder, description) if world.is_main else None)
+
+    def together(action: Callable[[], None], main_only: bool = True) -> None:
+        problem = dist.first_problem(
+            action if rank == 0 or not main_only else _nothing, OSError, SafetensorError, CheckpointError
+        )
+        if problem:
+            raise _given_up(aside, problem, is_main=rank == 0)
+
+    together(lambda: _start(aside))
+    together(lambda: _write_rank(rank_file(aside, rank, layout.world_size), tensors), main_only=False)
+    together(lambda: _write_shared(aside, layout, texts, model_files))
+    together(lambda: _publish(aside, folder, layout))
     return folder
 
 
-def _together(world: World, aside: Path, action: Any) -> None:
-    """Run an action on this rank; raise on all ranks if it failed on any, with the remains removed."""
-    problem = ""
-    try:
-        action()
-    except (OSError, SafetensorError, CheckpointError) as error:
-        problem = f"rank {world.rank}: {error}"
-    problems = [text for text in dist.gather(problem) if text]
-    if problems:
-        free = shutil.disk_usage(aside.parent).free / 2**30 if aside.parent.is_dir() else 0.0
-        if world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"{aside.with_suffix('')}: could not be saved ({problems[0]}; {free:.2f} GiB free); "
-            "the checkpoint before stays the latest; make room and start again to go on from it"
-        )
+def _nothing() -> None:
+    """The part of the other ranks where rank 0 alone acts."""
+
+
+def _given_up(aside: Path, problem: dist.Problem, is_main: bool) -> CheckpointError:
+    """Remove what was written, and say why it came to nothing."""
+    free = shutil.disk_usage(aside.parent).free / 2**30 if aside.parent.is_dir() else 0.0
+    if is_main:
+        shutil.rmtree(aside, ignore_errors=True)
+    return CheckpointError(
+        f"{aside.with_suffix('')}: could not be saved (rank {problem.rank}: {problem.text}; {free:.2f} GiB free); "
+        "the checkpoint before stays the latest; make room and start again to go on from it"
+    )
 
 
 def _start(aside: Path) -> None:
@@ -78,40 +80,13 @@ def _start(aside: Path) -> None:
     aside.mkdir(parents=True)
 
 
-def _collect(engine: Engine, world: World) -> tuple[dict[str, torch.Tensor], Layout]:
-    """This rank's tensors, and the layout that all ranks share."""
-    tensors: dict[str, torch.Tensor] = {}
-    sub_groups = []
-    for part in engine.sub_groups():
-        states, scalars = export_state(part.state)
-        tensors[f"{part.index}.{MASTER}"] = part.master.detach()
-        tensors |= {f"{part.index}.{kind}": tensor for kind, tensor in states.items()}
-        sub_groups.append(
-            SubGroup(
-                index=part.index,
-                group=part.group["name"],
-                numel=part.master.numel(),
-                parameters=tuple(Parameter(p.name, p.shape, p.offset, p.length) for p in part.places),
-                states={
-                    kind: State(str(tensor.dtype).removeprefix("torch."), BLOCK if kind.startswith("absmax") else 1)
-                    for kind, tensor in states.items()
-                },
-                scalars=scalars,
-            )
-        )
-    return tensors, Layout(world.world_size, engine.dtype, tuple(sub_groups), engine.tied)
-
-
-def _write_rank(aside: Path, world: World, tensors: dict[str, torch.Tensor]) -> None:
-    path = rank_file(aside, world.rank, world.world_size)
-    save_file(tensors, path)
+def _write_rank(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    save_file(dict(tensors), path)
     _sync(path)
 
 
-def _write_shared(
-    aside: Path, description: Layout, texts: Mapping[str, str], model_files: Mapping[str, Path | str]
-) -> None:
-    description.write(aside)
+def _write_shared(aside: Path, layout: Layout, texts: Mapping[str, str], model_files: Mapping[str, Path | str]) -> None:
+    layout.write(aside)
     for name, text in texts.items():
         (aside / name).write_text(text, encoding="utf-8")
     (aside / "model").mkdir()
@@ -124,13 +99,11 @@ def _write_shared(
         _sync(path)
 
 
-def _publish(aside: Path, folder: Path, description: Layout) -> None:
+def _publish(aside: Path, folder: Path, layout: Layout) -> None:
     """Check that every rank's file holds what the layout says, then make it the latest."""
-    wanted = {
-        f"{sub_group.index}.{kind}" for sub_group in description.sub_groups for kind in (MASTER, *sub_group.states)
-    }
-    for rank in range(description.world_size):
-        path = rank_file(aside, rank, description.world_size)
+    wanted = {f"{part.index}.{kind}" for part in layout.sub_groups for kind in (MASTER, *part.states)}
+    for rank in range(layout.world_size):
+        path = rank_file(aside, rank, layout.world_size)
         with safe_open(path, framework="pt") as file:  # refuses a file that is not as long as its header says
             if set(file.keys()) != wanted:
                 raise CheckpointError(f"{path.name} does not hold what the layout says")
@@ -157,7 +130,7 @@ def prune(checkpoints: Path, keep_last: int) -> None:
     steps = sorted(
         (int(path.name.removeprefix("step-")), path)
         for path in checkpoints.glob("step-*")
-        if path.name.removeprefix("step-").isdigit() and (path / layout.FILE).is_file()
+        if path.name.removeprefix("step-").isdigit() and (path / FILE).is_file()
     )
     for _, path in steps[:-keep_last]:
         shutil.rmtree(path)

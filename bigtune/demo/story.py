@@ -23,6 +23,7 @@ from bigtune.demo.tokenizer import train_tokenizer
 from bigtune.demo.world import pretraining_texts
 from bigtune.errors import LaunchError
 from bigtune.evaluate.report import Report, render_comparison
+from bigtune.launch.local import gpus
 from bigtune.launch.stages import evaluate_model, merge_checkpoint, train_here
 from bigtune.model.create import create_llama
 from bigtune.train.signals import STOPPED
@@ -110,7 +111,8 @@ def _train(output: Path, name: str, model: str, rows: str, recipe: Mapping[str, 
     run_file = output / f"{name}.yaml"
     run_file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     run = load_run(run_file)
-    if train_here(run, run_file, ranks=RANKS, oversubscribe=True) == STOPPED:
+    ranks = min(RANKS, len(gpus()) or RANKS)  # a GPU is never shared
+    if train_here(run, run_file, ranks=ranks, oversubscribe=True) == STOPPED:
         raise LaunchError(f"interrupted; `bigtune train {run_file}` goes on with this stage")
     return merge_checkpoint(run.output, output / name)
 

@@ -29,15 +29,15 @@ def default_ranks() -> int:
     return len(gpus()) or 1
 
 
-def gpus() -> list[int]:
-    """This host's CUDA devices, as far as CUDA_VISIBLE_DEVICES lets them be seen."""
+def gpus() -> list[str]:
+    """This host's CUDA devices, by the names that CUDA_VISIBLE_DEVICES has or would have for them."""
     if not Path("/dev/nvidiactl").exists():
         return []  # spares importing torch
     import torch
 
     count = torch.cuda.device_count()
-    visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    return [int(part) for part in visible[:count]] if all(part.isdigit() for part in visible) else list(range(count))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return list(map(str, range(count))) if visible is None else visible.split(",")[:count]
 
 
 def check_ranks(ranks: int, oversubscribe: bool) -> None:
@@ -48,12 +48,16 @@ def check_ranks(ranks: int, oversubscribe: bool) -> None:
     """
     devices, cores = len(gpus()), len(os.sched_getaffinity(0))
     if devices and ranks > devices:
-        raise LaunchError(f"--ranks {ranks}: this host has {devices} GPUs; give at most --ranks {devices}")
+        raise LaunchError(f"--ranks {ranks}: this host has {_count(devices, 'GPU')}; give at most --ranks {devices}")
     if not devices and ranks > cores and not oversubscribe:
         raise LaunchError(
-            f"--ranks {ranks}: this host has {cores} cores, and ranks that share one are slow; "
+            f"--ranks {ranks}: this host has {_count(cores, 'core')}, and ranks that share one are slow; "
             f"give at most --ranks {cores}, or --oversubscribe"
         )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def launch(ranks: int, worker_arguments: Sequence[str], output: Path, environment: dict[str, str]) -> int:
@@ -67,7 +71,7 @@ def launch(ranks: int, worker_arguments: Sequence[str], output: Path, environmen
     """
     for old in (output / "logs").glob("rank-*.error"):
         old.unlink()
-    devices = gpus()[:ranks] or list(range(ranks))
+    devices = gpus()[:ranks] or list(map(str, range(ranks)))
     world_info = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     command = [
         sys.executable, "-u", "-m", "deepspeed.launcher.launch",

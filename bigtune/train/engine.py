@@ -1,7 +1,6 @@
 """The one place that knows DeepSpeed: partitions filled from shards, exact micro-steps, the optimizer step.
 
-DeepSpeed's internals that the checkpoint needs are named here and nowhere else: `Partitions` is what the
-rest of bigtune sees of them.
+DeepSpeed's internals are named here and nowhere else: `Partition` is what the rest of bigtune sees of them.
 """
 
 import ctypes
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from bigtune.checkpoint.layout import Parameter
 from bigtune.config import Optim
 from bigtune.data.stream import MicroBatch
 from bigtune.dist import World, device
@@ -57,26 +57,12 @@ class Objective(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One parameter in a rank's flat partition. Every rank has the same layout, with other elements.
-
-    `length` elements from `offset`; the parameter's element `rank × length` comes first, and what lies
-    past its last element is padding.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class SubGroup:
-    """One flat partition: its optimizer group, its parameters, its float32 values and optimizer state."""
+class Partition:
+    """One flat partition of this rank: where parameters lie in it, its float32 values and optimizer state."""
 
     index: int
     group: dict[str, Any]
-    places: tuple[Place, ...]
+    parameters: tuple[Parameter, ...]
     master: torch.Tensor
     state: dict[str, Any]
 
@@ -155,21 +141,21 @@ class Engine:
         """The optimizer that steps the flat partitions."""
         return cast(torch.optim.Optimizer, self._optimizer.optimizer)
 
-    def sub_groups(self) -> Iterator[SubGroup]:
-        """This rank's flat partitions, in DeepSpeed's order."""
+    def partitions(self) -> Iterator[Partition]:
+        """This rank's flat partitions, in DeepSpeed's order; it calls them sub-groups."""
         zero = self._optimizer
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        for index, parameters in enumerate(zero.fp16_groups):
-            places, offset = [], 0
-            for parameter in parameters:
-                length = parameter.partition_numel()
-                places.append(Place(names[id(parameter)], tuple(parameter.ds_shape), offset, length))
+        for index, members in enumerate(zero.fp16_groups):
+            parameters, offset = [], 0
+            for member in members:
+                length = member.partition_numel()
+                parameters.append(Parameter(names[id(member)], tuple(member.ds_shape), offset, length))
                 offset += length
             master = zero.fp32_partitioned_groups_flat[index]
-            yield SubGroup(
+            yield Partition(
                 index=index,
                 group=zero.param_groups[zero.sub_group_to_group_id[index]],
-                places=tuple(places),
+                parameters=tuple(parameters),
                 master=master,
                 state=zero.optimizer.state[master],
             )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bigtune import dist
-from bigtune.checkpoint.resume import read_json, resume
+from bigtune.checkpoint.resume import read_json
 from bigtune.checkpoint.save import to_json
 from bigtune.config import Run, Train
 from bigtune.data.store import Store
@@ -28,6 +28,7 @@ from bigtune.train.precision import measure_precision
 from bigtune.train.saving import Progress, Saver
 from bigtune.train.schedule import learning_rate
 from bigtune.train.signals import StopRequest
+from bigtune.train.state import restore
 
 
 def train(
@@ -59,7 +60,7 @@ def train(
         (run.output / "deepspeed.json").write_text(to_json(ds_config), encoding="utf-8")
     console.say(_headline(run, world, steps, precision, stream))
     engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam)
-    progress = _restore(start, engine, world, store, console) if start else Progress()
+    progress = _go_on(start, engine, store, console) if start else Progress()
     metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began)
     metrics.forget_after(progress.step)
     saver = Saver(run, world, engine, metrics, store, steps, saved_step=progress.step)
@@ -123,7 +124,7 @@ def _backward(
     return float(torch.stack(losses).double().sum())
 
 
-def _restore(start: Path, engine: Engine, world: World, store: Store, console: WorkerConsole) -> Progress:
+def _go_on(start: Path, engine: Engine, store: Store, console: WorkerConsole) -> Progress:
     """The engine's state into the engine; the trainer's and the data's as progress."""
     trainer, data = read_json(start, "trainer.json"), read_json(start, "data.json")
     if data.get("fingerprint") != store.fingerprint:
@@ -131,7 +132,7 @@ def _restore(start: Path, engine: Engine, world: World, store: Store, console: W
             f"{start}: was trained on other documents than {store.path} holds now; "
             "bring the sources back, or start in another output with model.path set to the merged checkpoint"
         )
-    resume(start, engine, world)
+    restore(engine, start)
     console.say(f"going on from {start}")
     try:
         return Progress(trainer["step"], trainer["skipped_steps"], Position.from_json(data))

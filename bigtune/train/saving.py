@@ -16,6 +16,7 @@ from bigtune.dist import World
 from bigtune.model.load import companion_files
 from bigtune.train.engine import Engine
 from bigtune.train.metrics import MetricsLog
+from bigtune.train.state import collect
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ class Saver:
             return
         self.metrics.flush()
         folder = self.run.output / "checkpoints"
-        save(folder, progress.step, self.engine, self.world, self._texts(progress), self._model_files())
+        layout, tensors = collect(self.engine)
+        save(folder, progress.step, layout, tensors, self.world.rank, self._texts(progress), self._model_files())
         self.saved_step = progress.step
         if self.world.is_main and self.run.checkpoint.keep_last:
             prune(folder, self.run.checkpoint.keep_last)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,48 +18,15 @@ from bigtune.checkpoint.layout import Layout
 from bigtune.checkpoint.merge import merge, parse_size
 from bigtune.config import Run, load_run
 from bigtune.data.prepare import prepare
-from bigtune.dist import World
-from bigtune.errors import BigtuneError, CheckpointError
-from bigtune.train.console import WorkerConsole
-from bigtune.train.signals import StopRequest
+from bigtune.errors import CheckpointError
 from bigtune.train.start import find_start
 from tests.distributed import run_distributed
 from tests.tiny import tiny_model, tiny_run, write_rows
+from tests.training import RANKS, differing, metrics, train, train_on_rank
+from tests.training import step as step_of
 
-STEPS, STOP_AFTER, RANKS = 7, 3, 2
+STEPS, STOP_AFTER = 7, 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class StopAfter(StopRequest):
-    """As if this worker got SIGTERM during a step; `train` asks once a step."""
-
-    def __init__(self, steps: int | None) -> None:
-        self.can_wait, self._left = False, steps
-
-    @property
-    def asked(self) -> bool:  # type: ignore[override]
-        if self._left is None:
-            return False
-        self._left -= 1
-        return self._left < 0
-
-
-def train_on_rank(run: Run, stop_after: int | None = None, resume: str | None = None) -> str:
-    """What a worker does, in one of the test's lasting ones. Returns the error that a user would see."""
-    from bigtune.train.loop import train
-
-    world = World.from_environment()
-    try:
-        console = WorkerConsole(run.output, world)
-        stop = StopAfter(stop_after if world.rank == world.world_size - 1 else None)  # one rank alone is asked
-        train(run, world, find_start(run, resume), stop, console, time.monotonic())
-    except BigtuneError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def train(run: Run, ranks: int = RANKS, **options: Any) -> None:
-    assert run_distributed(train_on_rank, ranks, run, *options.values()) == [""] * ranks
 
 
 @dataclass(frozen=True)
@@ -100,33 +66,7 @@ def make_trained(folder: Path, optimizer: str, tied: str, precision: str) -> Tra
 
 
 def step(run: Run, number: int = STEPS) -> Path:
-    return run.output / "checkpoints" / f"step-{number}"
-
-
-def metrics(run: Run) -> list[dict[str, Any]]:
-    """All of them but what the clock and the memory say."""
-    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
-    timing = ("time", "step_seconds", "tokens_per_second", "peak_memory_gib")
-    return [{key: value for key, value in line.items() if key not in timing} for line in lines]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, by rank file and name."""
-    files = sorted(folder.glob("rank-*.safetensors"))
-    assert files
-    return {f"{path.name} {name}": tensor for path in files for name, tensor in load_file(path).items()}
-
-
-def differing(one: Path, other: Path) -> list[str]:
-    """Names of the tensors that are not the same to the last bit."""
-    first, second = tensors(one), tensors(other)
-    assert first.keys() == second.keys()
-    return [
-        name
-        for name, tensor in first.items()
-        if tensor.dtype != second[name].dtype
-        or not torch.equal(tensor.view(torch.uint8), second[name].view(torch.uint8))
-    ]
+    return step_of(run, number)
 
 
 def test_a_run_that_stopped_and_went_on_equals_one_that_did_not(trained: Trained, tmp_path: Path) -> None:

@@ -5,42 +5,31 @@ import os
 import pytest
 
 from bigtune.errors import LaunchError
-from bigtune.launch.local import check_ranks, default_ranks, gpus
+from bigtune.launch.local import check_ranks, default_ranks
 
 CORES = len(os.sched_getaffinity(0))
-without_gpus = pytest.mark.skipif(bool(gpus()), reason="this host has GPUs, which are counted instead of cores")
 
 
-@without_gpus
 def test_as_many_ranks_as_cores_are_allowed() -> None:
     check_ranks(1, oversubscribe=False)
     check_ranks(CORES, oversubscribe=False)
 
 
-@without_gpus
 def test_more_ranks_than_cores_are_refused_with_the_two_ways_out() -> None:
-    with pytest.raises(LaunchError, match=f"this host has {CORES} cores.*give at most --ranks {CORES}, or --oversub"):
+    with pytest.raises(LaunchError, match=f"this host has {CORES} core.*at most --ranks {CORES}, or --over"):
         check_ranks(CORES + 1, oversubscribe=False)
     check_ranks(CORES + 1, oversubscribe=True)
 
 
-@without_gpus
 def test_cores_that_this_process_may_not_use_do_not_count() -> None:
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     try:
-        with pytest.raises(LaunchError, match="this host has 1 cores"):
+        with pytest.raises(LaunchError, match="this host has 1 core, "):
             check_ranks(2, oversubscribe=False)
     finally:
         os.sched_setaffinity(0, before)
 
 
-@without_gpus
 def test_without_gpus_one_worker_takes_all_cores() -> None:
     assert default_ranks() == 1
-
-
-@pytest.mark.skipif(not gpus(), reason="this host has no GPU")
-def test_a_gpu_is_never_shared() -> None:
-    with pytest.raises(LaunchError, match=f"this host has {len(gpus())} GPUs"):
-        check_ranks(len(gpus()) + 1, oversubscribe=True)
