@@ -13,6 +13,9 @@ import click
 from bigtune import __version__
 from bigtune.errors import BigtuneError, ConfigError
 
+INTERRUPTED = 130
+"""The exit code of a command that was interrupted, as shells give it."""
+
 
 class _Group(click.Group):
     """Prints a user's mistake as one line; what is not one keeps its traceback."""
@@ -24,7 +27,7 @@ class _Group(click.Group):
             _fail(error)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
 
 
 def _fail(error: BigtuneError) -> NoReturn:
@@ -52,10 +55,10 @@ def main() -> None:
 @_overrides
 def prepare(run_file: str, overrides: tuple[str, ...]) -> None:
     """Tokenize the sources of RUN_FILE into a document store. Does nothing if it is there already."""
+    from bigtune import api
     from bigtune.config import load_run
-    from bigtune.launch.stages import prepare_documents
 
-    prepare_documents(load_run(run_file, overrides))
+    api.prepare(load_run(run_file, overrides))
 
 
 @main.command(epilog=_example("bigtune train recipes/gsm8k.yaml --ranks 2 --set train.steps=20"))
@@ -72,10 +75,11 @@ def train(
     Goes on from the latest checkpoint of the output folder. Ctrl-C finishes the step and saves. The same by
     hand: deepspeed --num_accelerators N --module bigtune.train RUN_FILE.
     """
+    from bigtune import api
     from bigtune.config import load_run
-    from bigtune.launch.stages import train_here
 
-    sys.exit(train_here(load_run(run_file, overrides), run_file, overrides, ranks, resume, oversubscribe))
+    if not api.train(load_run(run_file, overrides), ranks, resume, oversubscribe):
+        sys.exit(INTERRUPTED)
 
 
 @main.command(epilog=_example("bigtune merge runs/gsm8k/checkpoints/step-60 --output models/gsm8k"))
@@ -85,9 +89,9 @@ def train(
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of one safetensors file.")
 def merge(checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str) -> None:
     """Merge CHECKPOINT (a step-N folder, or a run's output folder for its latest) into a Hugging Face model."""
-    from bigtune.launch.stages import merge_checkpoint
+    from bigtune import api
 
-    click.echo(merge_checkpoint(checkpoint, output, dtype, max_shard_size))
+    click.echo(api.merge(checkpoint, output, dtype, max_shard_size))
 
 
 @main.command(epilog=_example("bigtune evaluate recipes/gsm8k.yaml --model models/gsm8k --json"))
@@ -97,10 +101,10 @@ def merge(checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str
 @_overrides
 def evaluate(run_file: str, model: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Score a model on the held-out rows of RUN_FILE: loss and exact match, by task."""
+    from bigtune import api
     from bigtune.config import load_run
-    from bigtune.launch.stages import evaluate_model
 
-    report = evaluate_model(load_run(run_file, overrides), model)
+    report = api.evaluate(load_run(run_file, overrides), model)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=1))
     else:

@@ -41,7 +41,7 @@ class Bar:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        if not self.console.is_terminal and self._shown:
+        if not self.console.is_terminal and self._shown and kind is None:
             self.console.print(self._shown, markup=False)
 
     def advance_to(self, done: int, total: int | None = None, note: str = "") -> None:
@@ -54,6 +54,20 @@ class Bar:
             self._last_line = time.monotonic()
             self.console.print(self._shown, markup=False)
             self._shown = ""
+
+
+@contextmanager
+def without_library_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars of its own while it loads or saves a model."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from bigtune.cli import main
+from tests.disk import fill, small_disk
 from tests.tiny import tiny_model, write_rows
 
 CORES = len(os.sched_getaffinity(0))
@@ -265,11 +266,12 @@ Start = Callable[[Path], "subprocess.Popen[str]"]
 
 
 def processes_of(run: Path) -> list[psutil.Process]:
-    """Everything alive that was started for a run file."""
+    """Everything alive that was started for a run file: the command names it, its workers the resolved one."""
+    names = {str(run), str(run.parent / "run" / "run.yaml")}
     found = []
     for process in psutil.process_iter():
         try:
-            if str(run) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+            if names.intersection(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -369,6 +371,22 @@ def test_killing_the_command_leaves_no_worker(base: Path, tmp_path: Path, start:
     process.kill()
     process.wait()
     wait_until(lambda: not processes_of(run), 15, "the end of all processes")
+
+
+@needs_two_cores
+def test_a_disk_that_fills_up_between_two_saves_ends_the_run_with_one_line(
+    base: Path, tmp_path: Path, start: Start
+) -> None:
+    with small_disk(tmp_path / "run", "1m") as disk:
+        run = run_file(base, tmp_path, steps=100_000)
+        process = train_until(start, run, 2)
+        fill(disk)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "Traceback" not in out + err
+        assert err.splitlines()[-1].startswith("Error: a worker ended")
+        assert "without a word (the disk is full?)" in err.splitlines()[-1]
+        wait_until(lambda: not processes_of(run), 5, "the end of all processes")
 
 
 @needs_two_cores

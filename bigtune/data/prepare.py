@@ -16,7 +16,7 @@ from bigtune.config import Data, Source
 from bigtune.data.chat import DEFAULT_TEMPLATE, ChatFormat, Encoded, load_tokenizer
 from bigtune.data.conversation import Conversation
 from bigtune.data.formats import ReadCounts, read_conversations, unreadable
-from bigtune.data.store import VERSION, Manifest, StoreWriter, read_manifest
+from bigtune.data.store import VERSION, Manifest, StoreWriter, read_manifest, writing
 from bigtune.errors import DataError, ModelError
 
 BATCH = 1000  # conversations tokenised at once
@@ -51,12 +51,10 @@ def prepare(data: Data, model_path: Path, store_path: Path, progress: Progress |
     current = _current(data, inputs, store_path)  # before the lock, so that ranks need not queue
     if current is not None:
         return current
-    try:
+    with writing(store_path):
         store_path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(store_path.parent / f"{store_path.name}.lock")
         lock.acquire()
-    except OSError as error:
-        raise DataError(f"{store_path}: cannot write it here ({error.strerror}); set data.store") from None
     try:
         return _current(data, inputs, store_path) or _write(data, inputs, model_path, store_path, progress)
     finally:

@@ -7,7 +7,8 @@ killed leaves nothing that looks whole. `datasets.Dataset.from_file` reads the A
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -86,11 +87,9 @@ class StoreWriter:
         self._aside = path / f"{DOCUMENTS}.tmp"
 
     def __enter__(self) -> Self:
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._sink = pa.OSFile(str(self._aside), "wb")
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot write it here ({error.strerror}); set data.store") from None
         self._stream = pa.ipc.new_stream(self._sink, SCHEMA)
         return self
 
@@ -102,28 +101,41 @@ class StoreWriter:
             pa.array([str(conversation.path) for conversation in conversations], pa.string()),
             pa.array([conversation.row for conversation in conversations], pa.int64()),
         ]
-        self._stream.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        with writing(self.path):
+            self._stream.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
     def finish(self, manifest: Manifest) -> Manifest:
         """Make what was written the store. Returns the manifest with the size of the file."""
-        self._stream.close()
-        self._sink.close()
-        manifest = dataclasses.replace(manifest, arrow_bytes=self._aside.stat().st_size)
-        text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n"
-        text_aside = self.path / f"{MANIFEST}.tmp"
-        text_aside.write_text(text, encoding="utf-8")
-        for aside in (self._aside, text_aside):
-            _sync(aside)
-        (self.path / MANIFEST).unlink(missing_ok=True)
-        self._aside.replace(self.path / DOCUMENTS)
-        text_aside.replace(self.path / MANIFEST)
+        with writing(self.path):
+            self._stream.close()
+            self._sink.close()
+            manifest = dataclasses.replace(manifest, arrow_bytes=self._aside.stat().st_size)
+            text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n"
+            text_aside = self.path / f"{MANIFEST}.tmp"
+            text_aside.write_text(text, encoding="utf-8")
+            for aside in (self._aside, text_aside):
+                _sync(aside)
+            (self.path / MANIFEST).unlink(missing_ok=True)
+            self._aside.replace(self.path / DOCUMENTS)
+            text_aside.replace(self.path / MANIFEST)
         return manifest
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._sink.close()
+        with suppress(OSError):  # what it could not write is an error already
+            self._sink.close()
         self._aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line why a store cannot be written at `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)  # Arrow's own text has the line of its source
+        raise DataError(f"{path}: the document store cannot be written here ({reason}); set data.store") from None
 
 
 def _lists(arrays: Sequence[npt.NDArray[np.int32]]) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from bigtune import api
 from bigtune.config import Run, load_run
 from bigtune.demo.tasks import instruction_rows
 from bigtune.demo.tokenizer import train_tokenizer
@@ -24,9 +25,7 @@ from bigtune.demo.world import pretraining_texts
 from bigtune.errors import LaunchError
 from bigtune.evaluate.report import Report, render_comparison
 from bigtune.launch.local import gpus
-from bigtune.launch.stages import evaluate_model, merge_checkpoint, train_here
 from bigtune.model.create import create_llama
-from bigtune.train.signals import STOPPED
 
 RANKS = 2
 PRETRAIN: dict[str, Any] = {
@@ -35,7 +34,7 @@ PRETRAIN: dict[str, Any] = {
 }
 TUNE: dict[str, Any] = {
     "optim": {"name": "adamw_8bit", "learning_rate": 5e-4, "warmup_steps": 5},
-    "train": {"steps": 70, "global_batch": 4},
+    "train": {"steps": 200, "global_batch": 4},
 }
 SHAPE: dict[str, Any] = {"hidden_size": 128, "layers": 2, "heads": 4, "intermediate_size": 384, "context": 512}
 SEQUENCE_LENGTH = 512
@@ -69,9 +68,9 @@ def tell(output: Path, seed: int = 0, shuffled_answers: bool = False) -> tuple[R
     console.rule("3 of 5  tune on instructions")
     tuned = _train(output, "tuned", "base", "train.jsonl", TUNE, seed)
     console.rule("4 of 5  evaluate the base, with four examples in plain text before each question")
-    base_report = evaluate_model(_evaluation(output, {"prompt": "plain", "shots": 4}), base)
+    base_report = api.evaluate(_evaluation(output, {"prompt": "plain", "shots": 4}), base)
     console.rule("5 of 5  evaluate the tuned model, with the bare question")
-    tuned_report = evaluate_model(_evaluation(output, {}), tuned)
+    tuned_report = api.evaluate(_evaluation(output, {}), tuned)
     _print_end(base_report, tuned_report, seed)
     console.print(f"the tuned model is in {tuned}; {time.monotonic() - began:.0f} s in all")
     return base_report, tuned_report
@@ -105,16 +104,16 @@ def _train(output: Path, name: str, model: str, rows: str, recipe: Mapping[str, 
         "data": {"sources": [{"path": str(output / rows)}], "sequence_length": SEQUENCE_LENGTH},
         "optim": recipe["optim"],
         "train": {**recipe["train"], "seed": seed},
-        "evaluate": {"sources": [{"path": str(output / "held_out.jsonl")}], "max_new_tokens": 12, "batch_size": 64},
+        "evaluate": {"sources": [{"path": str(output / "held_out.jsonl")}], "max_new_tokens": 24, "batch_size": 64},
         "output": str(output / f"run-{name}"),
     }
     run_file = output / f"{name}.yaml"
     run_file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     run = load_run(run_file)
     ranks = min(RANKS, len(gpus()) or RANKS)  # a GPU is never shared
-    if train_here(run, run_file, ranks=ranks, oversubscribe=True) == STOPPED:
+    if not api.train(run, ranks, oversubscribe=True):
         raise LaunchError(f"interrupted; `bigtune train {run_file}` goes on with this stage")
-    return merge_checkpoint(run.output, output / name)
+    return api.merge(run.output, output / name)
 
 
 def _evaluation(output: Path, changes: Mapping[str, Any]) -> Run:

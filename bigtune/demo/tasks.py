@@ -1,4 +1,6 @@
-"""The demo's instruction data: six kinds of questions about the towns, each worded in many ways.
+"""The demo's instruction data: questions about the towns of eight kinds, each worded in many ways.
+
+Five ask for one fact; the others for two, as a list, in a sentence and in code.
 
 A third of the towns are never asked about in training, so a model that answers about them knows the fact
 from its pretraining alone. Every held-out question is asked once in a wording of the training rows ("seen
@@ -92,7 +94,7 @@ PHRASINGS = {
         "What are the mayor and the animal of this town?",
         "Tell me the mayor and the animal of this town.",
         "Give both the mayor and the animal of this town.",
-        "I want to know two things of This town: mayor and animal.",
+        "I want to know two things of this town: mayor and animal.",
         "This town: mayor and animal?",
         "Please name mayor and animal of this town.",
         "Write down mayor and animal of this town.",
@@ -101,7 +103,41 @@ PHRASINGS = {
         "First the mayor, then the animal of this town, please.",
         "For this town, what are mayor and animal?",
     ),
+    "sentence": (
+        "Say in a sentence what people grow and eat in this town.",
+        "Write a sentence about the tree and the food of this town.",
+        "Use a whole sentence: the tree and the food of this town.",
+        "Tell me in one sentence about tree and food in this town.",
+        "Describe tree and food of this town in a sentence.",
+        "In a full sentence, please: the tree and food of this town.",
+        "Give me a sentence on the tree and the food of this town.",
+        "I want a sentence with the tree and the food of this town.",
+        "Form a sentence that tells the tree and food of this town.",
+        "Put the tree and the food of this town into a sentence.",
+        "One sentence: which tree and which food has this town?",
+        "Answer in a sentence what tree and food this town has.",
+    ),
+    "code": (
+        "Write a Python dict with the mayor and the craft of this town.",
+        "Give the mayor and craft of this town as a Python dict.",
+        "As a Python dict, please: mayor and craft of this town.",
+        "Put the mayor and the craft of this town into a dict.",
+        "Make a dict of mayor and craft for this town.",
+        "Code a dict that holds mayor and craft of this town.",
+        "I want a Python dict of the mayor and the craft in this town.",
+        "Show mayor and craft of this town as a dict.",
+        "Return the mayor and the craft of this town as a dict.",
+        "Define a dict for this town, with mayor and craft.",
+        "A Python dict, please, with this town's mayor and craft.",
+        "What dict has the mayor and the craft of this town?",
+    ),
 }
+ANSWERS = {
+    "two facts": "{mayor}, {animal}",
+    "sentence": "The tree is the {tree} and the food is {food}.",
+    "code": '{{"mayor": "{mayor}", "craft": "{craft}"}}',
+}
+"""How a task is answered, where it is not by the fact of its name."""
 UNSEEN = 3
 """So many of each kind's wordings, the last ones, are kept for held-out rows."""
 
@@ -136,5 +172,5 @@ def instruction_rows(seed: int) -> DemoRows:
 
 def _row(world: World, town: str, task: str, wording: str, part: str) -> Row:
     facts = world[town]
-    answer = f"{facts['mayor']}, {facts['animal']}" if task == "two facts" else facts[task]
+    answer = ANSWERS.get(task, f"{{{task}}}").format(**facts)
     return {"instruction": wording, "input": town, "output": answer, "task": task, "tags": [part]}

@@ -107,7 +107,7 @@ def render_comparison(base: Report, tuned: Report) -> Table:
     caption = _left_out(tuned)
     if [sample.where for sample in base.samples] != [sample.where for sample in tuned.samples]:
         caption = "the two models were scored on different rows"
-    table = _table(f"base ({_asked(base)}) → tuned ({_asked(tuned)})", caption)
+    table = _table(f"base: {_asked(base)}\ntuned: {_asked(tuned)}", caption)
     for before, after in zip(_groups(base), _groups(tuned), strict=True):
         for name, old in before.items():
             new = after.get(name)

@@ -16,6 +16,7 @@ from bigtune.evaluate.loss import answer_losses
 from bigtune.evaluate.prompts import PLAIN_END, Item, build_items
 from bigtune.evaluate.report import Report, Sample, Score, scores_by
 from bigtune.evaluate.score import is_right, last_number
+from bigtune.progress import without_library_bars
 
 Progress = Callable[[str, int, int], None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -98,7 +99,8 @@ def load_model(path: Path, dtype: str | None = None) -> Any:
     if dtype not in _DTYPES:
         raise ModelError(f"dtype is '{dtype}'; allowed: {', '.join(_DTYPES)}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=_DTYPES[dtype], local_files_only=True)
+        with without_library_bars():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=_DTYPES[dtype], local_files_only=True)
     except Exception as error:
         # transformers raises nearly every kind of error for a folder that is damaged or of an unknown model
         reason = next(iter(str(error).splitlines()), type(error).__name__)

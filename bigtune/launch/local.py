@@ -9,6 +9,7 @@ finish their step and save. A second Ctrl-C ends them at once.
 import base64
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from types import FrameType
 
 import psutil
 
-from bigtune.dist import CHILD
+from bigtune.dist import CHILD, PREPARED
 from bigtune.errors import LaunchError
 from bigtune.train.signals import STOPPED, end_with_parent
 
@@ -60,11 +61,11 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def launch(ranks: int, worker_arguments: Sequence[str], output: Path, environment: dict[str, str]) -> int:
-    """Run `bigtune.train` on `ranks` workers and wait.
+def launch(ranks: int, worker_arguments: Sequence[str], output: Path) -> bool:
+    """Run `bigtune.train` on `ranks` workers, whose documents are prepared, and wait.
 
     Returns:
-        0, or 130 if the run was interrupted and the workers saved and left.
+        True, or False if the run was interrupted and the workers saved and left.
 
     Raises:
         LaunchError: a worker failed; the message is that of the rank that failed first.
@@ -78,7 +79,7 @@ def launch(ranks: int, worker_arguments: Sequence[str], output: Path, environmen
         f"--world_info={world_info}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}",
         "--log_level=critical", "--module", "bigtune.train", *worker_arguments,
     ]  # fmt: skip
-    environment = {**os.environ, **environment, CHILD: "1"}
+    environment = {**os.environ, CHILD: "1", PREPARED: "1"}
     if not gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
@@ -86,10 +87,10 @@ def launch(ranks: int, worker_arguments: Sequence[str], output: Path, environmen
     code = process.wait()
     interrupted.restore()
     if code == 0:
-        return STOPPED if interrupted.count else 0
+        return not interrupted.count
     # Before its first step a worker that is asked to stop ends at once, with STOPPED or by the signal.
     if interrupted.count > 1 or (interrupted.count and (code == STOPPED or _signal(code) == signal.SIGTERM)):
-        return STOPPED
+        return False
     raise LaunchError(_first_error(output, code))
 
 
@@ -147,13 +148,15 @@ LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pi
 def _first_error(output: Path, code: int) -> str:
     """What the rank that failed first has to say."""
     errors = sorted((output / "logs").glob("rank-*.error"), key=lambda path: path.stat().st_mtime_ns)
-    said = {path.stem.removeprefix("rank-"): path.read_text(encoding="utf-8").strip() for path in errors}
+    texts = {path.stem.removeprefix("rank-"): path.read_text(encoding="utf-8").strip() for path in errors}
+    said = {rank: text for rank, text in texts.items() if text}  # on a full disk the file stays empty
     causes = [f"rank {rank}: {text}" for rank, text in said.items() if not any(lost in text for lost in LOST_RANK)]
     if causes:
         return causes[0]
     ended_by = _signal(code)
     ending = f" by signal {ended_by}" if ended_by else "" if said else f" with code {code}"
-    return f"a worker ended{ending} without a word (out of memory?); see {output / 'logs'}"
+    guess = "the disk is full" if shutil.disk_usage(output).free < 2**20 else "out of memory"
+    return f"a worker ended{ending} without a word ({guess}?); see {output / 'logs'}"
 
 
 def _free_port() -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from bigtune.errors import BigtuneError, ModelError
+from bigtune.progress import without_library_bars
 
 
 def create_llama(
@@ -55,7 +56,8 @@ def create_llama(
     )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
-    model.save_pretrained(output, max_shard_size=max_shard_size)
+    with without_library_bars():
+        model.save_pretrained(output, max_shard_size=max_shard_size)
     return int(model.num_parameters())
 
 

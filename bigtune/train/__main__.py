@@ -35,10 +35,9 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, local_ra
     bind(world)
     try:
         run = load_run(run_file, overrides)
+        console = WorkerConsole(run.output, world)
     except BigtuneError as error:
         sys.exit(f"Error: {error}" if world.is_main else 1)
-
-    console = WorkerConsole(run.output, world)
     try:
         _work(run, world, resume, stop, console)
     except BaseException as error:

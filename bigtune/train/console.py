@@ -4,28 +4,39 @@ Anything that libraries write to a worker's standard streams goes to `logs/rank-
 shows one clean account of the run.
 """
 
+import errno
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from bigtune.dist import CHILD, World
-from bigtune.errors import BigtuneError
+from bigtune.errors import BigtuneError, LaunchError
 from bigtune.progress import Bar
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class WorkerConsole:
     """The streams of one worker."""
 
     def __init__(self, output: Path, world: World) -> None:
-        """Send standard output and error to the log file, and keep the terminal at hand."""
+        """Send standard output and error to the log file, and keep the terminal at hand.
+
+        Raises:
+            LaunchError: the output folder cannot be written.
+        """
         logs = output / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        self.world = world
+        self.world, self.output = world, output
         self.error_file = logs / f"rank-{world.rank}.error"
-        self.error_file.unlink(missing_ok=True)
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+            self.error_file.unlink(missing_ok=True)
+            log = os.open(logs / f"rank-{world.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise LaunchError(f"output: {output.absolute()} cannot be written: {error.strerror}") from None
         self.terminal = os.fdopen(os.dup(1), "w", buffering=1)
-        log = os.open(logs / f"rank-{world.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(log, 1)
@@ -42,14 +53,17 @@ class WorkerConsole:
         return Bar(stage, self.terminal) if self.world.is_main else None
 
     def fail(self, error: BaseException) -> None:
-        """Record why this worker ends: one line for a user's mistake, with the traceback for a bug of ours."""
-        ours = not isinstance(error, BigtuneError)
-        line = f"{type(error).__name__}: {error}" if ours else str(error)
-        if ours:
-            traceback.print_exception(error)
-            line += f" (a bug of bigtune; the traceback is in {self.error_file.with_suffix('.log')})"
+        """Record why this worker ends: one line for what a user can mend, with the traceback for a bug of ours."""
+        if isinstance(error, BigtuneError):
+            line = told = str(error)
+        elif isinstance(error, OSError) and error.errno in NO_ROOM:
+            line = told = f"{self.output}: {error.strerror}; make room, and the same command goes on from the last save"
         else:
-            print(line, file=sys.stderr, flush=True)
-        self.error_file.write_text(line + "\n", encoding="utf-8")
+            log = self.error_file.with_suffix(".log")
+            line = f"{type(error).__name__}: {error} (a bug of bigtune; the traceback is in {log})"
+            told = "".join(traceback.format_exception(error))
+        with suppress(OSError):
+            print(told, file=sys.stderr, flush=True)
+            self.error_file.write_text(line + "\n", encoding="utf-8")
         if CHILD not in os.environ:
             print(f"Error: rank {self.world.rank}: {line}", file=self.terminal, flush=True)

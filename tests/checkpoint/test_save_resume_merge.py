@@ -1,9 +1,7 @@
 """A run that stopped goes on to the last bit, and its model is what was trained, whatever went wrong between."""
 
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from bigtune.config import Run, load_run
 from bigtune.data.prepare import prepare
 from bigtune.errors import CheckpointError
 from bigtune.train.start import find_start
+from tests.disk import resize, small_disk
 from tests.distributed import run_distributed
 from tests.tiny import tiny_model, tiny_run, write_rows
 from tests.training import RANKS, differing, metrics, train, train_on_rank
@@ -303,39 +302,27 @@ def test_sizes_are_read_as_people_write_them() -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """The checkpoints folder of `tmp_path / "run"`, on a file system of its own."""
-    folder = tmp_path / "run" / "checkpoints"
-    folder.mkdir(parents=True)
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    if _mount("-t", "tmpfs", "-o", "size=64k", "bigtune-test", str(folder)):
-        pytest.skip("this container may not mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def _mount(*arguments: str) -> int:
-    return subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode
+    with small_disk(tmp_path / "run" / "checkpoints") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("room", [0.25, 0.6, 0.97], ids=["first file", "second file", "last bytes"])
-def test_a_full_disk_costs_the_new_checkpoint_only(
-    plain: Trained, small_disk: Path, room: float, tmp_path: Path
-) -> None:
+def test_a_full_disk_costs_the_new_checkpoint_only(plain: Trained, disk: Path, room: float, tmp_path: Path) -> None:
     """There is room for one checkpoint and a part of the second."""
-    run = plain.another(small_disk.parent, checkpoint__every_steps=STOP_AFTER)
+    run = plain.another(disk.parent, checkpoint__every_steps=STOP_AFTER)
     size = sum(-(-path.stat().st_size // 4096) * 4096 for path in step(plain.run).rglob("*") if path.is_file())
-    assert _mount("-o", f"remount,size={int((1 + room) * size)}", str(small_disk)) == 0
+    resize(disk, int((1 + room) * size))
     messages = run_distributed(train_on_rank, RANKS, run)
     assert len(set(messages)) == 1
-    assert messages[0].startswith(f"CheckpointError: {small_disk / 'step-6'}: could not be saved (rank ")
+    assert messages[0].startswith(f"CheckpointError: {disk / 'step-6'}: could not be saved (rank ")
     assert "the checkpoint before stays the latest; make room and start again" in messages[0]
     assert "\n" not in messages[0]
-    assert sorted(path.name for path in small_disk.iterdir()) == ["latest", "step-3"]
-    assert (small_disk / "latest").read_text() == "step-3\n"
+    assert sorted(path.name for path in disk.iterdir()) == ["latest", "step-3"]
+    assert (disk / "latest").read_text() == "step-3\n"
     merge(run.output, tmp_path / "merged")
-    assert _mount("-o", "remount,size=64m", str(small_disk)) == 0
+    resize(disk, "64m")
     train(run)
     assert metrics(run) == metrics(plain.run)
     assert differing(step(run), step(plain.run)) == []

@@ -15,6 +15,7 @@ from bigtune.data import prepare as room
 from bigtune.data.prepare import prepare
 from bigtune.data.store import Manifest, Store
 from bigtune.errors import DataError, ModelError
+from tests.disk import resize, small_disk
 
 WriteRows = Callable[[Iterable[Mapping[str, Any]]], Path]
 
@@ -68,6 +69,19 @@ def test_a_change_of_rows_or_template_prepares_anew(
     other = prepare(data(write_rows(SHORT)), tmp_path / "chatml", tmp_path / "s")
     assert len({first.fingerprint, more.fingerprint, other.fingerprint}) == 3
     assert (more.documents, other.template) == (3, "model")
+
+
+@pytest.mark.parametrize("size", ["256k", "740k"], ids=["while rows are written", "at the end"])
+def test_a_full_disk_leaves_no_store(write_rows: WriteRows, model_path: Path, tmp_path: Path, size: str) -> None:
+    rows = write_rows([qa(f"Number {i}?", "four " * 20) for i in range(3000)])
+    with small_disk(tmp_path / "disk", size) as disk:
+        with pytest.raises(DataError) as raised:
+            prepare(data(rows), model_path, disk / "s")
+        assert "cannot be written here (No space left on device); set data.store" in str(raised.value)
+        assert "\n" not in str(raised.value)
+        assert list((disk / "s").iterdir()) == []
+        resize(disk, "8m")
+        assert prepare(data(rows), model_path, disk / "s").documents == 3000
 
 
 def test_a_new_sequence_length_matters_only_to_long_documents(

@@ -1,0 +1,93 @@
+"""The stages of a run for Python, each with a bar on standard error; the command line and the demo call the same.
+
+    from bigtune import api
+    from bigtune.config import load_run
+
+    run = load_run("recipes/gsm8k.yaml", ["train.steps=20"])
+    api.train(run, ranks=2)
+    api.merge(run.output, Path("models/gsm8k"))
+    report = api.evaluate(run, Path("models/gsm8k"))
+
+They work on this host. Each raises a `BigtuneError` for what the user can mend.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigtune.config import Run
+from bigtune.errors import ConfigError, LaunchError
+from bigtune.progress import bar
+
+if TYPE_CHECKING:
+    from bigtune.data.store import Manifest
+    from bigtune.evaluate.report import Report
+
+
+def prepare(run: Run) -> "Manifest":
+    """Make the document store of a run, unless it is there already."""
+    from bigtune.data import prepare as stage
+
+    with bar("prepare") as shown:
+        manifest = stage.prepare(run.data, run.model.path, run.store, shown.advance_to)
+    print(f"prepare: {manifest.summary()}", file=sys.stderr)
+    return manifest
+
+
+def train(run: Run, ranks: int | None = None, resume: str | None = None, oversubscribe: bool = False) -> bool:
+    """Prepare, then train on workers of this host, from the run's latest checkpoint if it has one.
+
+    Args:
+        ranks: workers; None for one a GPU, or one with all cores.
+        resume: "latest", "step-N" or a checkpoint's path.
+        oversubscribe: allow more ranks than cores.
+
+    Returns:
+        Whether the run is done; False if it was interrupted, saved, and goes on when called again.
+
+    Raises:
+        BigtuneError: before any worker starts where possible, else what the first failing worker says.
+    """
+    from bigtune.launch.local import check_ranks, default_ranks, launch
+    from bigtune.train.ds_config import read_preset
+    from bigtune.train.ops import ensure_ops, needed_ops
+    from bigtune.train.start import find_start
+
+    ranks = ranks or default_ranks()
+    check_ranks(ranks, oversubscribe)
+    preset = read_preset(run.deepspeed)
+    find_start(run, resume)
+    prepare(run)
+    ensure_ops(needed_ops(preset, run.optim), lambda line: print(line, file=sys.stderr))
+    resolved = run.output / "run.yaml"
+    try:
+        run.output.mkdir(parents=True, exist_ok=True)
+        resolved.write_text(run.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise LaunchError(f"output: {run.output.absolute()} cannot be written: {error.strerror}") from None
+    return launch(ranks, [str(resolved), *([f"--resume={resume}"] if resume else [])], run.output)
+
+
+def merge(checkpoint: Path, output: Path, dtype: str | None = None, max_shard_size: str = "5GB") -> Path:
+    """Merge a checkpoint (a step-N folder, or a run's output folder for its latest) into a model folder."""
+    from bigtune.checkpoint import merge as stage
+
+    with bar("merge") as shown:
+        return stage.merge(checkpoint, output, dtype, stage.parse_size(max_shard_size), shown.advance_to)
+
+
+def evaluate(run: Run, model: Path) -> "Report":
+    """Score a model folder on the run's held-out rows.
+
+    Raises:
+        ConfigError: the run file has no evaluate section.
+    """
+    from bigtune.evaluate import run as stage
+
+    if run.evaluate is None:
+        raise ConfigError("the run file has no evaluate section; add evaluate: {sources: [{path: …}]}")
+    with bar("evaluate") as shown:
+        return stage.evaluate(
+            run.evaluate, run.data, model, run.train.seed,
+            progress=lambda stage, done, total: shown.advance_to(done, total, stage),
+        )  # fmt: skip
