@@ -84,7 +84,7 @@ class StoreWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._aside = path / f"{DOCUMENTS}.tmp"
+        self._aside, self._manifest_aside = path / f"{DOCUMENTS}.tmp", path / f"{MANIFEST}.tmp"
 
     def __enter__(self) -> Self:
         with writing(self.path):
@@ -111,13 +111,12 @@ class StoreWriter:
             self._sink.close()
             manifest = dataclasses.replace(manifest, arrow_bytes=self._aside.stat().st_size)
             text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n"
-            text_aside = self.path / f"{MANIFEST}.tmp"
-            text_aside.write_text(text, encoding="utf-8")
-            for aside in (self._aside, text_aside):
+            self._manifest_aside.write_text(text, encoding="utf-8")
+            for aside in (self._aside, self._manifest_aside):
                 _sync(aside)
             (self.path / MANIFEST).unlink(missing_ok=True)
             self._aside.replace(self.path / DOCUMENTS)
-            text_aside.replace(self.path / MANIFEST)
+            self._manifest_aside.replace(self.path / MANIFEST)
         return manifest
 
     def __exit__(
@@ -125,7 +124,8 @@ class StoreWriter:
     ) -> None:
         with suppress(OSError):  # what it could not write is an error already
             self._sink.close()
-        self._aside.unlink(missing_ok=True)
+        for aside in (self._aside, self._manifest_aside):
+            aside.unlink(missing_ok=True)
 
 
 @contextmanager

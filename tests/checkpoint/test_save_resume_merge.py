@@ -40,7 +40,15 @@ class Trained:
         return tiny_run(self.folder, **{**self.settings, "output": str(output), **changes})
 
 
-@pytest.fixture(scope="module", params=["adamw tied float32", "adamw_8bit untied float32", "adamw_8bit tied bfloat16"])
+RUNS = (
+    "adamw tied float32 zero3",
+    "adamw_8bit untied float32 zero3",
+    "adamw_8bit tied bfloat16 zero3",
+    "adamw tied bfloat16 zero3_offload",
+)
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return make_trained(tmp_path_factory.mktemp("trained"), *request.param.split())
 
@@ -48,15 +56,16 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Where neither the optimizer nor the model matters."""
-    return make_trained(tmp_path_factory.mktemp("plain"), "adamw", "tied", "float32")
+    return make_trained(tmp_path_factory.mktemp("plain"), "adamw", "tied", "float32", "zero3")
 
 
-def make_trained(folder: Path, optimizer: str, tied: str, precision: str) -> Trained:
+def make_trained(folder: Path, optimizer: str, tied: str, precision: str, preset: str) -> Trained:
     tiny_model(folder / "model", tied=tied == "tied", dtype=precision)
     write_rows(folder / "rows.jsonl")
     settings = {
         "optim__name": optimizer, "train__precision": precision, "train__steps": STEPS,
         "checkpoint__every_steps": STOP_AFTER, "data__store": str(folder / "store"), "train__global_batch": 3,
+        "deepspeed": preset,
     }  # fmt: skip
     run = tiny_run(folder, **settings)
     prepare(run.data, run.model.path, run.store)

@@ -71,10 +71,12 @@ def test_a_change_of_rows_or_template_prepares_anew(
     assert (more.documents, other.template) == (3, "model")
 
 
-@pytest.mark.parametrize("size", ["256k", "740k"], ids=["while rows are written", "at the end"])
-def test_a_full_disk_leaves_no_store(write_rows: WriteRows, model_path: Path, tmp_path: Path, size: str) -> None:
+@pytest.mark.parametrize("room", [0.4, 0.99, 1], ids=["rows", "last rows", "manifest"])
+def test_a_full_disk_leaves_no_store(write_rows: WriteRows, model_path: Path, tmp_path: Path, room: float) -> None:
     rows = write_rows([qa(f"Number {i}?", "four " * 20) for i in range(3000)])
-    with small_disk(tmp_path / "disk", size) as disk:
+    size = prepare(data(rows), model_path, tmp_path / "large").arrow_bytes
+    with small_disk(tmp_path / "disk") as disk:
+        resize(disk, int(room * size))
         with pytest.raises(DataError) as raised:
             prepare(data(rows), model_path, disk / "s")
         assert "cannot be written here (No space left on device); set data.store" in str(raised.value)
