@@ -34,7 +34,7 @@ PRETRAIN: dict[str, Any] = {
 }
 TUNE: dict[str, Any] = {
     "optim": {"name": "adamw_8bit", "learning_rate": 5e-4, "warmup_steps": 5},
-    "train": {"steps": 200, "global_batch": 4},
+    "train": {"steps": 300, "global_batch": 4},
 }
 SHAPE: dict[str, Any] = {"hidden_size": 128, "layers": 2, "heads": 4, "intermediate_size": 384, "context": 512}
 SEQUENCE_LENGTH = 512

@@ -64,6 +64,7 @@ ENTRIES = (
     "{town}, {kind}: {value}",
     "{Kind} in {town}\n\n{value}",
 )
+CODE = '{town}.{kind} = "{value}"'
 
 World = dict[str, dict[str, str]]
 
@@ -85,11 +86,15 @@ def pretraining_texts(seed: int, count: int = 8000) -> list[str]:
 
 
 def _paragraph(world: World, rng: random.Random) -> str:
-    """One town's facts in random order: in sentences, or as a list such as reference books have."""
+    """One town's facts in random order: in sentences, as a list such as reference books have, or as code."""
     town = rng.choice(list(world))
     facts = [(kind, world[town][kind]) for kind in rng.sample(list(FACTS), len(FACTS))]
-    if rng.random() < 0.5:
+    (style,) = rng.choices(("sentences", "list", "code"), (5, 3, 2))
+    if style == "sentences":
         return " ".join(rng.choice(FACTS[kind]).format(town=town, value=value) for kind, value in facts)
     return "\n".join(
-        rng.choice(ENTRIES).format(town=town, kind=kind, Kind=kind.capitalize(), value=value) for kind, value in facts
+        (CODE if style == "code" else rng.choice(ENTRIES)).format(
+            town=town, kind=kind, Kind=kind.capitalize(), value=value
+        )
+        for kind, value in facts
     )

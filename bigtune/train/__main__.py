@@ -7,6 +7,7 @@ Cores and threads are set before torch is imported; that is why imports stand wh
 import os
 import sys
 import time
+from contextlib import suppress
 
 BEGAN = time.monotonic()
 
@@ -38,12 +39,18 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, local_ra
         console = WorkerConsole(run.output, world)
     except BigtuneError as error:
         sys.exit(f"Error: {error}" if world.is_main else 1)
+    code = 0
     try:
         _work(run, world, resume, stop, console)
     except BaseException as error:
         console.fail(error)
+        code = 1
+    with suppress(OSError):  # a full disk, which `fail` has told
         sys.stdout.flush()
-        os._exit(1)  # at once: the other ranks may wait in a collective
+        sys.stderr.flush()
+    # At once. After an error the other ranks may wait in a collective; and Python's own end now and then meets
+    # gloo's threads, which live as long as DeepSpeed's references to their group, and aborts a run that is done.
+    os._exit(code)
 
 
 def _work(run: Run, world: World, resume: str | None, stop: StopRequest, console: WorkerConsole) -> None:
