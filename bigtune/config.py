@@ -23,6 +23,9 @@ FilePath = Annotated[
 ]
 
 
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Section(BaseModel):
     """Base of the sections: immutable, no unknown key, no silent conversion between types."""
 
@@ -41,7 +44,7 @@ class Source(Section):
     path: FilePath = Field(description="JSONL file, or a JSON array")
 
 
-Sources = Annotated[tuple[Source, ...], Strict(False), Field(min_length=1)]
+Sources = Annotated[tuple[Source, ...], Strict(False), Field(min_length=1, description="files, each as `{path: …}`")]
 
 
 class Data(Section):
@@ -49,7 +52,7 @@ class Data(Section):
 
     sources: Sources
     sequence_length: int = Field(default=1024, ge=8, description="tokens a packed row")
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: Literal["error", "skip"] = Field(default="error", description="skipped ones are counted by reason")
     on_long_document: Literal["drop", "truncate", "error"] = Field(
         default="drop", description="a document longer than a row; dropped and truncated ones are counted"
     )
@@ -59,18 +62,19 @@ class Data(Section):
 class Optim(Section):
     """The optimizer, its schedule and clipping."""
 
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
-    learning_rate: float = Field(default=1e-4, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
+    name: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw", description="8-bit: states of matrices in blocks of 256, of the rest in 32 bits"
+    )
+    learning_rate: float = Field(default=1e-4, gt=0, description="the highest of the schedule")
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="after the warmup")
+    warmup_steps: int = Field(default=0, ge=0, description="over which the learning rate rises from 0")
     final_learning_rate: float = Field(
         default=0.0, ge=0, le=1, description="what the schedule falls towards, as a fraction of learning_rate"
     )
-    betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Strict(False)] = (
-        0.9,
-        0.95,
+    betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = Field(
+        default=(0.9, 0.95), description="decay of the first and the second moment"
     )
-    epsilon: float = Field(default=1e-8, gt=0)
+    epsilon: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(default=0.0, ge=0, description="of the matrices alone")
     max_grad_norm: float = Field(default=1.0, ge=0, description="clips the global norm; 0 turns it off")
 
@@ -78,12 +82,15 @@ class Optim(Section):
 class Train(Section):
     """How long and in which batches. Batches are counted in packed rows."""
 
-    steps: int | None = Field(default=None, ge=1)
-    epochs: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps; give this or epochs")
+    epochs: int | None = Field(default=None, ge=1, description="passes over the documents; give this or steps")
     micro_batch: int = Field(default=1, ge=1, description="rows a rank computes at once")
     global_batch: int = Field(default=8, ge=1, description="rows a step, over all ranks")
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    precision: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="auto: bfloat16 on CUDA and where this CPU multiplies it faster; masters are float32",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of the order of documents, and of dropout")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -95,8 +102,8 @@ class Train(Section):
 class Checkpoint(Section):
     """When checkpoints are written. The last step is always saved."""
 
-    every_steps: int | None = Field(default=None, ge=1)
-    keep_last: int | None = Field(default=None, ge=1, description="older checkpoints are removed; default: none")
+    every_steps: int | None = Field(default=None, ge=1, description="none: at the end alone")
+    keep_last: int | None = Field(default=None, ge=1, description="older ones are removed; none: all are kept")
 
 
 class Evaluate(Section):
@@ -113,9 +120,9 @@ class Evaluate(Section):
     answer: Literal["exact", "number"] = Field(
         default="exact", description="compare the whole answer, or its last number (after #### where present)"
     )
-    max_rows: int | None = Field(default=None, ge=1)
-    max_new_tokens: int = Field(default=256, ge=1)
-    batch_size: int = Field(default=32, ge=1)
+    max_rows: int | None = Field(default=None, ge=1, description="so many rows, drawn under the seed; none: all")
+    max_new_tokens: int = Field(default=256, ge=1, description="tokens an answer may have")
+    batch_size: int = Field(default=32, ge=1, description="questions that are answered at once")
 
 
 class Run(Section):
@@ -128,7 +135,7 @@ class Run(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate | None = None
     deepspeed: str = Field(default="zero3", description="a preset of ds_configs/, or the path of a JSON file")
-    output: FilePath
+    output: FilePath = Field(description="folder of the run: checkpoints, metrics, logs, documents")
 
     @property
     def store(self) -> Path:

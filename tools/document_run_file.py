@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bigtune.config import Run
@@ -33,7 +34,8 @@ def _table(section: type[BaseModel], skip: typing.Collection[str] = ()) -> str:
     for name, field in section.model_fields.items():
         if name not in skip:
             default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"
-            lines.append(f"| `{name}` | {default} | {_allowed(field.annotation)}{field.description or ''} |")
+            told = [part for part in (_allowed(field), field.description) if part]
+            lines.append(f"| `{name}` | {default} | {'; '.join(told)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -49,10 +51,15 @@ def _plain(value: Any) -> str:
     return "none" if value is None else str(list(value) if isinstance(value, tuple) else value)
 
 
-def _allowed(annotation: Any) -> str:
-    if typing.get_origin(annotation) is typing.Literal:
-        return " or ".join(f"`{choice}`" for choice in typing.get_args(annotation)) + ". "
-    return ""
+def _allowed(field: FieldInfo) -> str:
+    """The choices, or the bounds."""
+    if typing.get_origin(field.annotation) is typing.Literal:
+        return " or ".join(f"`{choice}`" for choice in typing.get_args(field.annotation))
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    bounds = [
+        (sign, getattr(limit, name)) for limit in field.metadata for name, sign in signs.items() if hasattr(limit, name)
+    ]
+    return " and ".join(f"{sign} {bound:,}" for sign, bound in bounds)
 
 
 if __name__ == "__main__":
