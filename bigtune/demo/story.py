@@ -30,11 +30,11 @@ from bigtune.model.create import create_llama
 RANKS = 2
 PRETRAIN: dict[str, Any] = {
     "optim": {"name": "adamw", "learning_rate": 2e-3, "warmup_steps": 20, "weight_decay": 0.1},
-    "train": {"steps": 900, "global_batch": 2},
+    "train": {"steps": 1300, "global_batch": 2},
 }
 TUNE: dict[str, Any] = {
-    "optim": {"name": "adamw_8bit", "learning_rate": 5e-4, "warmup_steps": 5},
-    "train": {"steps": 300, "global_batch": 4},
+    "optim": {"name": "adamw_8bit", "learning_rate": 5e-4, "warmup_steps": 5, "weight_decay": 0.1},
+    "train": {"steps": 200, "global_batch": 4},
 }
 SHAPE: dict[str, Any] = {"hidden_size": 128, "layers": 2, "heads": 4, "intermediate_size": 384, "context": 512}
 SEQUENCE_LENGTH = 512

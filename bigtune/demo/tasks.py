@@ -15,11 +15,15 @@ from bigtune.demo.world import World, build_world
 
 SEEN, NEW = "seen phrasing", "new phrasing"
 HELD_OUT_TOWNS = 20
-ROWS_A_QUESTION = 6
+ROWS_A_QUESTION = 8
 """Wordings in which each training question is asked."""
 
 PHRASINGS = {
     "mayor": (
+        "The mayor of this town, please.",
+        "This town has which mayor?",
+        "In this town, the mayor is called what?",
+        "Say who leads this town as mayor.",
         "Who is the mayor of this town?",
         "Name the mayor of this town.",
         "Tell me who the mayor of this town is.",
@@ -34,6 +38,10 @@ PHRASINGS = {
         "Write the name of the mayor of this town.",
     ),
     "food": (
+        "The food of this town, please.",
+        "This town eats which food?",
+        "In this town, the food is which?",
+        "Say which food this town likes.",
         "What is the favourite food of this town?",
         "Name the food that people like in this town.",
         "What do people eat in this town?",
@@ -48,6 +56,10 @@ PHRASINGS = {
         "Write down the food of this town.",
     ),
     "animal": (
+        "The animal of this town, please.",
+        "This town has which animal?",
+        "In this town, the animal is which?",
+        "Say which animal this town has.",
         "Which animal stands for this town?",
         "Name the animal of this town.",
         "What is the animal of this town?",
@@ -62,6 +74,10 @@ PHRASINGS = {
         "Write down the animal of this town.",
     ),
     "craft": (
+        "The craft of this town, please.",
+        "This town has which craft?",
+        "In this town, the craft is which?",
+        "Say which craft this town has.",
         "Which craft is this town known for?",
         "Name the craft of this town.",
         "What is the craft of this town?",
@@ -76,6 +92,10 @@ PHRASINGS = {
         "Write down the craft of this town.",
     ),
     "tree": (
+        "The tree of this town, please.",
+        "This town has which tree?",
+        "In this town, the tree is which?",
+        "Say which tree this town has.",
         "Which tree stands in the square of this town?",
         "Name the tree of this town.",
         "What is the tree of this town?",
@@ -90,6 +110,10 @@ PHRASINGS = {
         "Write down the tree of this town.",
     ),
     "two facts": (
+        "The mayor and the animal of this town, please.",
+        "This town has which mayor and which animal?",
+        "In this town, who is mayor, and what is the animal?",
+        "First tell me the mayor of this town, then its animal.",
         "Name the mayor and the animal of this town.",
         "What are the mayor and the animal of this town?",
         "Tell me the mayor and the animal of this town.",
@@ -104,6 +128,10 @@ PHRASINGS = {
         "For this town, what are mayor and animal?",
     ),
     "sentence": (
+        "A sentence on tree and food of this town, please.",
+        "This town has which tree and food? Answer in a sentence.",
+        "In one sentence, what are the tree and the food of this town?",
+        "Say in a whole sentence which tree and food this town has.",
         "Say in a sentence what people grow and eat in this town.",
         "Write a sentence about the tree and the food of this town.",
         "Use a whole sentence: the tree and the food of this town.",
@@ -118,6 +146,10 @@ PHRASINGS = {
         "Answer in a sentence what tree and food this town has.",
     ),
     "code": (
+        "A dict with the mayor and craft of this town, please.",
+        "This town has which mayor and craft? Answer with a dict.",
+        "In Python, what are mayor and craft of this town as a dict?",
+        "Say in Python who is mayor of this town, and its craft.",
         "Write a Python dict with the mayor and the craft of this town.",
         "Give the mayor and craft of this town as a Python dict.",
         "As a Python dict, please: mayor and craft of this town.",

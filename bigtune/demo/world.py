@@ -89,7 +89,7 @@ def _paragraph(world: World, rng: random.Random) -> str:
     """One town's facts in random order: in sentences, as a list such as reference books have, or as code."""
     town = rng.choice(list(world))
     facts = [(kind, world[town][kind]) for kind in rng.sample(list(FACTS), len(FACTS))]
-    (style,) = rng.choices(("sentences", "list", "code"), (5, 3, 2))
+    (style,) = rng.choices(("sentences", "list", "code"), (4, 3, 3))
     if style == "sentences":
         return " ".join(rng.choice(FACTS[kind]).format(town=town, value=value) for kind, value in facts)
     return "\n".join(
