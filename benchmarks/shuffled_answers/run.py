@@ -9,23 +9,33 @@ import sys
 import tempfile
 from pathlib import Path
 
+import click
+
 from bigtune.demo.story import tell
 
 
-def main() -> int:
+@click.command()
+@click.option("--seed", default=0, show_default=True)
+@click.option("--result", type=click.Path(path_type=Path), help="Write the scores here as well.")
+def main(seed: int, result: Path | None) -> None:
+    """Score both, print the scores as JSON, and fail where the claim does not hold."""
     scores = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, shuffled in (("honest", False), ("shuffled", True)):
-            base, tuned = tell(Path(folder) / name, shuffled_answers=shuffled)
+            base, tuned = tell(Path(folder) / name, seed, shuffled)
             scores[name] = {
                 "base_exact_match": base.overall.exact_match,
                 "tuned_exact_match": tuned.overall.exact_match,
                 "tuned_held_out_loss": tuned.overall.held_out_loss,
                 "tuned_by_phrasing": {tag: score.exact_match for tag, score in tuned.by_tag.items()},
             }
-    print(json.dumps(scores, indent=1))
-    return 0 if scores["honest"]["tuned_exact_match"] > 0.7 and scores["shuffled"]["tuned_exact_match"] < 0.1 else 1
+    text = json.dumps(scores, indent=1) + "\n"
+    click.echo(text, nl=False)
+    if result:
+        result.write_text(text, encoding="utf-8")
+    holds = scores["honest"]["tuned_exact_match"] > 0.7 and scores["shuffled"]["tuned_exact_match"] < 0.1
+    sys.exit(0 if holds else 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
