@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,7 +20,7 @@ from bigtune.demo.story import tell
 @click.option("--result", type=click.Path(path_type=Path), help="Write the scores here as well.")
 def main(seed: int, result: Path | None) -> None:
     """Score both, print the scores as JSON, and fail where the claim does not hold."""
-    scores = {}
+    scores: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, shuffled in (("honest", False), ("shuffled", True)):
             base, tuned = tell(Path(folder) / name, seed, shuffled)

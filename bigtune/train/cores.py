@@ -8,6 +8,10 @@ from collections.abc import Sequence
 
 from bigtune.dist import World
 
+ONEDNN_PRIMITIVES = "128"
+"""Compiled products that oneDNN keeps on a CPU. Rows without padding have ever new shapes; with its 1,024 a small
+model's worker grew to 6 GiB over 60 steps in bfloat16, where 128 keep it near 2 and cost no time."""
+
 
 def cores_of(world: World, cores: Sequence[int]) -> list[int]:
     """The cores of one worker: an even, contiguous share; one shared core where there are too few."""
@@ -19,7 +23,7 @@ def cores_of(world: World, cores: Sequence[int]) -> list[int]:
 
 
 def bind(world: World) -> list[int]:
-    """Bind this process to its cores and set its threads; call it before torch is imported.
+    """Bind this process to its cores, set its threads and bound oneDNN's cache; call it before torch is imported.
 
     A worker that is bound already (by numactl, srun or a batch system) keeps what it was given: it then has
     other cores than its parent.
@@ -29,4 +33,5 @@ def bind(world: World) -> list[int]:
         mine = cores_of(world, mine)
         os.sched_setaffinity(0, mine)
     os.environ["OMP_NUM_THREADS"] = str(len(mine))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_PRIMITIVES)
     return mine
