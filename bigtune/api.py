@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
 def prepare(run: Run) -> "Manifest":
     """Make the document store of a run, unless it is there already."""
+    return _prepare(run)
+
+
+def _prepare(run: Run, keep: str | None = None) -> "Manifest":
     from bigtune.data import prepare as stage
 
     with bar("prepare") as shown:
-        manifest = stage.prepare(run.data, run.model.path, run.store, shown.advance_to)
+        manifest = stage.prepare(run.data, run.model.path, run.store, shown.advance_to, keep)
     print(f"prepare: {manifest.summary()}", file=sys.stderr)
     return manifest
 
@@ -51,13 +55,12 @@ def train(run: Run, ranks: int | None = None, resume: str | None = None, oversub
     from bigtune.launch.local import check_ranks, default_ranks, launch
     from bigtune.train.ds_config import read_preset
     from bigtune.train.ops import ensure_ops, needed_ops
-    from bigtune.train.start import find_start
+    from bigtune.train.start import documents_of, find_start
 
     ranks = ranks or default_ranks()
     check_ranks(ranks, oversubscribe)
     preset = read_preset(run.deepspeed)
-    find_start(run, resume)
-    prepare(run)
+    _prepare(run, documents_of(find_start(run, resume)))
     ensure_ops(needed_ops(preset, run.optim), lambda line: print(line, file=sys.stderr))
     resolved = run.output / "run.yaml"
     try:

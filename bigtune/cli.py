@@ -12,9 +12,7 @@ import click
 
 from bigtune import __version__
 from bigtune.errors import BigtuneError, ConfigError
-
-INTERRUPTED = 130
-"""The exit code of a command that was interrupted, as shells give it."""
+from bigtune.train.signals import STOPPED
 
 
 class _Group(click.Group):
@@ -27,7 +25,7 @@ class _Group(click.Group):
             _fail(error)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
-            sys.exit(INTERRUPTED)
+            sys.exit(STOPPED)
 
 
 def _fail(error: BigtuneError) -> NoReturn:
@@ -79,7 +77,7 @@ def train(
     from bigtune.config import load_run
 
     if not api.train(load_run(run_file, overrides), ranks, resume, oversubscribe):
-        sys.exit(INTERRUPTED)
+        sys.exit(STOPPED)
 
 
 @main.command(epilog=_example("bigtune merge runs/gsm8k/checkpoints/step-60 --output models/gsm8k"))

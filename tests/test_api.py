@@ -6,7 +6,7 @@ import pytest
 
 from bigtune import api
 from bigtune.config import load_run
-from bigtune.errors import ConfigError
+from bigtune.errors import ConfigError, DataError
 from tests.tiny import tiny_model, tiny_run, write_rows
 
 
@@ -23,6 +23,19 @@ def test_the_chain_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str
     tuned = api.merge(run.output, tmp_path / "tuned")
     before, after = (api.evaluate(run, model).overall.held_out_loss for model in (run.model.path, tuned))
     assert after < before - 0.1
+
+
+def test_a_changed_source_costs_a_started_run_nothing(tmp_path: Path) -> None:
+    """The documents that its checkpoint goes on with stay, and go on when the source is back."""
+    tiny_model(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl")
+    text = rows.read_text()
+    assert api.train(tiny_run(tmp_path, train__steps=1), ranks=1)
+    rows.write_text(text + text.splitlines()[0] + "\n")
+    with pytest.raises(DataError, match="a source or the tokenizer changed since this run was started"):
+        api.train(tiny_run(tmp_path, train__steps=2), ranks=1)
+    rows.write_text(text)
+    assert api.train(tiny_run(tmp_path, train__steps=2), ranks=1)
 
 
 def test_a_run_without_held_out_rows_cannot_be_evaluated(tmp_path: Path) -> None:

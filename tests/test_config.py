@@ -181,7 +181,12 @@ def test_a_run_cannot_be_changed(tmp_path: Path) -> None:
 
 def test_the_resolved_run_file_reads_back_the_same(tmp_path: Path) -> None:
     run = load(
-        tmp_path, MINIMAL, "evaluate.sources=[{path: größe.jsonl}]", "optim.learning_rate=1e-05", "data.store=a/b"
+        tmp_path,
+        MINIMAL,
+        "evaluate.sources=[{path: größe.jsonl}]",
+        "optim.learning_rate=1e-05",
+        "data.store=a/b",
+        "output='1e-4'",  # a folder that looks like a number
     )
     assert load(tmp_path, run.to_yaml()) == run
     assert "größe" in run.to_yaml()

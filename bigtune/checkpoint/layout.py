@@ -12,6 +12,7 @@ each rank's flat partition; rank r holds its elements from r × ceil(n / W), and
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
@@ -147,6 +148,25 @@ def rank_file(folder: Path, rank: int, world_size: int) -> Path:
 def step_folder(checkpoints: Path, step: int) -> Path:
     """The folder of one step's checkpoint."""
     return checkpoints / f"step-{step}"
+
+
+def point_at(folder: Path) -> None:
+    """Make a step's folder the one that `latest` names, in one step, on the disk."""
+    pointer = folder.parent / "latest"
+    aside = pointer.with_suffix(".new")
+    aside.write_text(folder.name + "\n", encoding="utf-8")
+    sync(aside)
+    aside.replace(pointer)
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def latest(checkpoints: Path) -> Path | None:

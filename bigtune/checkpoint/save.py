@@ -5,7 +5,6 @@ of it, the remains are removed and the checkpoint before stays the latest.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bigtune import dist
-from bigtune.checkpoint.layout import FILE, MASTER, Layout, rank_file, step_folder
+from bigtune.checkpoint.layout import MASTER, Layout, point_at, rank_file, step_folder, sync
 from bigtune.errors import CheckpointError
 
 
@@ -82,7 +81,7 @@ def _start(aside: Path) -> None:
 
 def _write_rank(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file(dict(tensors), path)
-    _sync(path)
+    sync(path)
 
 
 def _write_shared(aside: Path, layout: Layout, texts: Mapping[str, str], model_files: Mapping[str, Path | str]) -> None:
@@ -96,7 +95,7 @@ def _write_shared(aside: Path, layout: Layout, texts: Mapping[str, str], model_f
         else:
             (aside / "model" / name).write_text(content, encoding="utf-8")
     for path in aside.rglob("*.json"):
-        _sync(path)
+        sync(path)
 
 
 def _publish(aside: Path, folder: Path, layout: Layout) -> None:
@@ -110,30 +109,21 @@ def _publish(aside: Path, folder: Path, layout: Layout) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     aside.rename(folder)
-    pointer = folder.parent / "latest"
-    pointer.with_suffix(".new").write_text(folder.name + "\n", encoding="utf-8")
-    pointer.with_suffix(".new").replace(pointer)
-    _sync(folder.parent)
+    point_at(folder)
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def prune(checkpoints: Path, step: int, keep_last: int) -> None:
+    """Remove the checkpoints before `step`, which was just saved, but for the newest; called by rank 0.
 
-
-def prune(checkpoints: Path, keep_last: int) -> None:
-    """Remove all but the newest checkpoints; called by rank 0 after a save."""
+    Later ones are of a run that went back: they stay until they are written anew.
+    """
     steps = sorted(
-        (int(path.name.removeprefix("step-")), path)
+        (number, path)
         for path in checkpoints.glob("step-*")
-        if path.name.removeprefix("step-").isdigit() and (path / FILE).is_file()
+        if (name := path.name.removeprefix("step-")).isdigit() and (number := int(name)) <= step
     )
     for _, path in steps[:-keep_last]:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # what a slow file system keeps goes with the next
 
 
 def to_json(value: Mapping[str, Any]) -> str:

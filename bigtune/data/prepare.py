@@ -40,11 +40,17 @@ TOKENIZER_INPUTS = (
 Progress = Callable[[int, int | None], None]
 
 
-def prepare(data: Data, model_path: Path, store_path: Path, progress: Progress | None = None) -> Manifest:
+def prepare(
+    data: Data, model_path: Path, store_path: Path, progress: Progress | None = None, keep: str | None = None
+) -> Manifest:
     """Make the store at `store_path` hold the documents of `data`. `progress` gets (rows read, None).
 
+    Args:
+        keep: the fingerprint of documents that a checkpoint goes on with; a store of them is not replaced.
+
     Raises:
-        DataError: a source cannot be read, a row cannot be used, or nothing is left to train on.
+        DataError: a source cannot be read, a row cannot be used, nothing is left to train on, or the store
+            to keep is of other sources.
         ModelError: the model folder or its tokenizer is missing or broken.
     """
     inputs = _hash_inputs(data, model_path)
@@ -56,7 +62,11 @@ def prepare(data: Data, model_path: Path, store_path: Path, progress: Progress |
         lock = FileLock(store_path.parent / f"{store_path.name}.lock")
         lock.acquire()
     try:
-        return _current(data, inputs, store_path) or _write(data, inputs, model_path, store_path, progress)
+        current = _current(data, inputs, store_path)
+        if current is not None:
+            return current
+        _refuse_to_replace(store_path, keep)
+        return _write(data, inputs, model_path, store_path, progress)
     finally:
         lock.release()
 
@@ -64,7 +74,7 @@ def prepare(data: Data, model_path: Path, store_path: Path, progress: Progress |
 def _write(data: Data, inputs: str, model_path: Path, store_path: Path, progress: Progress | None) -> Manifest:
     chat = ChatFormat.of(load_tokenizer(model_path))
     counts, cutter = ReadCounts(), _Cutter(data)
-    tokens = supervised = documents = conversations = 0
+    tokens = supervised = documents = conversations = highest = 0
     with StoreWriter(store_path) as writer:
         for batch in _batches(read_conversations(data.sources, data.on_bad_row, counts)):
             kept = [
@@ -78,6 +88,7 @@ def _write(data: Data, inputs: str, model_path: Path, store_path: Path, progress
             conversations += sum(bool(conversation.messages) for _, conversation in kept)
             tokens += sum(len(document.input_ids) for document, _ in kept)
             supervised += sum(document.supervised for document, _ in kept)
+            highest = max([highest, *(int(document.input_ids.max()) for document, _ in kept)])
             if progress is not None:
                 progress(counts.rows, None)
         manifest = Manifest(
@@ -93,9 +104,7 @@ def _write(data: Data, inputs: str, model_path: Path, store_path: Path, progress
             truncated=cutter.truncated,
             dropped=dict(cutter.dropped),
             skipped=counts.skipped,
-            tokenizer=str(model_path),
-            vocabulary=len(chat.tokenizer),
-            eos_token_id=chat.tokenizer.eos_token_id,
+            highest_token=highest,
             template="default" if chat.is_default else "model",
         )
         _require_documents(manifest, data.sources)
@@ -179,6 +188,18 @@ def _current(data: Data, inputs: str, store_path: Path) -> Manifest | None:
     none_is_long = manifest.longest_tokens <= min(manifest.sequence_length, data.sequence_length)
     same = manifest.inputs == inputs and (manifest.sequence_length == data.sequence_length or none_is_long)
     return manifest if same else None
+
+
+def _refuse_to_replace(store_path: Path, keep: str | None) -> None:
+    try:
+        stored = read_manifest(store_path).fingerprint
+    except DataError:
+        return
+    if keep is not None and stored == keep:
+        raise DataError(
+            f"{store_path}: a source or the tokenizer changed since this run was started; change it back to go on "
+            "with the run, or start a new one with another output"
+        )
 
 
 def _fingerprint(inputs: str, sequence_length: int, longest: int) -> str:

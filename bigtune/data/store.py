@@ -51,9 +51,7 @@ class Manifest:
     truncated: int
     dropped: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
-    tokenizer: str = ""
-    vocabulary: int = 0
-    eos_token_id: int = 0
+    highest_token: int = 0
     template: str = "model"  # model: the tokenizer's own; default: bigtune's
     arrow_bytes: int = 0
     version: int = VERSION

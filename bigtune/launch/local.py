@@ -14,9 +14,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any, Self
 
 import psutil
 
@@ -82,42 +85,70 @@ def launch(ranks: int, worker_arguments: Sequence[str], output: Path) -> bool:
     environment = {**os.environ, CHILD: "1", PREPARED: "1"}
     if not gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
-    interrupted = _Interrupts(process)
-    code = process.wait()
-    interrupted.restore()
+    with _Interrupts() as interrupted:
+        process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
+        interrupted.process = process
+        code = process.wait()
     if code == 0:
         return not interrupted.count
-    # Before its first step a worker that is asked to stop ends at once, with STOPPED or by the signal.
-    if interrupted.count > 1 or (interrupted.count and (code == STOPPED or _signal(code) == signal.SIGTERM)):
+    # Before its first step a worker that is asked to stop ends at once, with STOPPED or by the signal; the others
+    # may then miss it in a collective.
+    if interrupted.count and (
+        interrupted.count > 1
+        or code == STOPPED
+        or _signal(code) == signal.SIGTERM
+        or (code == 1 and not _causes(output))
+    ):
         return False
     raise LaunchError(_first_error(output, code))
 
 
 class _Interrupts:
-    """Passes SIGINT and SIGTERM on: first as a request to the workers, then to their launcher, then SIGKILL."""
+    """Passes interruptions on: first as a request to the workers, then as SIGKILL.
 
-    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
-        self.process, self.count = process, 0
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    SIGHUP is one, since an ssh session that is lost sends it. Only the main thread gets signals; started from
+    another, a run is interrupted through its workers.
+    """
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.count = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process is not None and self.process.poll() is None:  # leaving by an error of our own
+            self._end()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
-        if self.count == 1:
+        if self.process is None:
+            return
+        if self.count > 1:
+            self._end()
+            return
+        with suppress(OSError):  # a terminal that is gone
             print("\nstopping: the workers finish their step and save; again to end them at once", file=sys.stderr)
-            workers = [child for child in _children(self.process.pid) if _is_worker(child)]
-            for worker in workers:
+        workers = [child for child in _children(self.process.pid) if _is_worker(child)]
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
                 worker.send_signal(signal.SIGTERM)
-            if not workers:  # not started yet
-                self.process.terminate()
-        else:
-            for child in _children(self.process.pid):
-                child.kill()
-            self.process.kill()
+        if not workers:  # not started yet
+            self.process.terminate()
 
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def _end(self) -> None:
+        assert self.process is not None
+        for child in _children(self.process.pid):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        self.process.kill()
 
 
 def _children(pid: int) -> list[psutil.Process]:
@@ -145,16 +176,24 @@ LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pi
 """What gloo and NCCL say of a rank that is gone; its own words, or its silence, are the cause."""
 
 
+def _causes(output: Path) -> list[str]:
+    """What failing ranks have to say of their own, the first that failed first."""
+    errors = sorted((output / "logs").glob("rank-*.error"), key=lambda path: path.stat().st_mtime_ns)
+    said = {path.stem.removeprefix("rank-"): path.read_text(encoding="utf-8").strip() for path in errors}
+    return [
+        f"rank {rank}: {text}"
+        for rank, text in said.items()
+        if text and not any(lost in text for lost in LOST_RANK)  # on a full disk the file stays empty
+    ]
+
+
 def _first_error(output: Path, code: int) -> str:
     """What the rank that failed first has to say."""
-    errors = sorted((output / "logs").glob("rank-*.error"), key=lambda path: path.stat().st_mtime_ns)
-    texts = {path.stem.removeprefix("rank-"): path.read_text(encoding="utf-8").strip() for path in errors}
-    said = {rank: text for rank, text in texts.items() if text}  # on a full disk the file stays empty
-    causes = [f"rank {rank}: {text}" for rank, text in said.items() if not any(lost in text for lost in LOST_RANK)]
+    causes = _causes(output)
     if causes:
         return causes[0]
     ended_by = _signal(code)
-    ending = f" by signal {ended_by}" if ended_by else "" if said else f" with code {code}"
+    ending = f" by signal {ended_by}" if ended_by else f" with code {code}"
     guess = "the disk is full" if shutil.disk_usage(output).free < 2**20 else "out of memory"
     return f"a worker ended{ending} without a word ({guess}?); see {output / 'logs'}"
 

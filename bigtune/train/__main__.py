@@ -12,10 +12,11 @@ from contextlib import suppress
 BEGAN = time.monotonic()
 
 import click  # noqa: E402
+from filelock import FileLock, Timeout  # noqa: E402
 
 from bigtune.config import Run, load_run  # noqa: E402
 from bigtune.dist import PREPARED, World  # noqa: E402
-from bigtune.errors import BigtuneError  # noqa: E402
+from bigtune.errors import BigtuneError, LaunchError  # noqa: E402
 from bigtune.train.console import WorkerConsole  # noqa: E402
 from bigtune.train.cores import bind  # noqa: E402
 from bigtune.train.signals import StopRequest, end_with_parent  # noqa: E402
@@ -57,9 +58,17 @@ def _work(run: Run, world: World, resume: str | None, stop: StopRequest, console
     from bigtune.data.prepare import prepare
     from bigtune.train.ds_config import read_preset
     from bigtune.train.ops import ensure_ops, load_ops, needed_ops
+    from bigtune.train.start import documents_of, find_start
 
-    if PREPARED not in os.environ:
-        manifest = prepare(run.data, run.model.path, run.store)  # the first rank works, the others wait
+    lock = FileLock(run.output / "train.lock")  # the system frees it with this process
+    try:
+        if world.is_main:
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise LaunchError(f"output: another run is training in {run.output}; wait for it, or give another") from None
+    start = find_start(run, resume)
+    if PREPARED not in os.environ:  # the first rank works, the others wait
+        manifest = prepare(run.data, run.model.path, run.store, keep=documents_of(start))
         console.say(manifest.summary())
     import torch
 
@@ -67,14 +76,13 @@ def _work(run: Run, world: World, resume: str | None, stop: StopRequest, console
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a search and a warning
     from bigtune.train.engine import connect
     from bigtune.train.loop import train
-    from bigtune.train.start import find_start
 
     ops = needed_ops(read_preset(run.deepspeed), run.optim)
     cpu_adam = ensure_ops(ops, console.say)
     if cpu_adam:
         load_ops(ops)
     connect(world)
-    train(run, world, find_start(run, resume), stop, console, BEGAN, cpu_adam)
+    train(run, world, start, stop, console, BEGAN, cpu_adam)
     torch.distributed.destroy_process_group()
 
 

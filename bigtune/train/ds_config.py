@@ -29,6 +29,12 @@ OWNED = {
 }
 
 
+NOT_YET = (
+    "offload_param", "cpu_offload", "cpu_offload_params", "zero_hpz_partition_size", "zero_quantized_weights",
+    "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "mics_shard_size",
+)  # fmt: skip
+
+
 def preset_folder() -> Path:
     """ds_configs/, beside the package in a checkout and inside it when installed."""
     package = Path(__file__).parent.parent
@@ -58,9 +64,28 @@ def read_preset(name: str) -> dict[str, Any]:
         config.pop(key, None)
     zero = config.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage != 3:
+    if not isinstance(zero, dict) or stage != 3:
         raise ConfigError(f"{path}: zero_optimization.stage is {stage}; bigtune trains with stage 3")
+    _refuse_other_partitions(path, zero)
     return config
+
+
+def _refuse_other_partitions(path: Path, zero: dict[str, Any]) -> None:
+    """Refuse what puts partitions or states where bigtune's loading and checkpoints do not look for them."""
+    for key in NOT_YET:
+        if zero.get(key) not in (None, False, 1, {"device": "none"}):
+            raise ConfigError(f"{path}: zero_optimization.{key} is not supported yet; remove it")
+    offload = zero.get("offload_optimizer")
+    if offload is None:
+        zero.pop("offload_optimizer", None)
+        return
+    if not isinstance(offload, dict):
+        raise ConfigError(f"{path}: zero_optimization.offload_optimizer is {offload!r}; it is an object with a device")
+    device = offload.get("device", "none")
+    if device not in ("none", "cpu"):
+        raise ConfigError(f"{path}: zero_optimization.offload_optimizer.device is {device}; use none or cpu")
+    if offload.get("ratio", 1) != 1:
+        raise ConfigError(f"{path}: zero_optimization.offload_optimizer.ratio is not supported yet; remove it")
 
 
 def complete(preset: dict[str, Any], run: Run, precision: str, hidden_size: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bigtune import dist
+from bigtune.checkpoint.layout import point_at
 from bigtune.checkpoint.resume import read_json
 from bigtune.checkpoint.save import to_json
 from bigtune.config import Run, Train
@@ -23,6 +24,7 @@ from bigtune.model.load import read_config
 from bigtune.train.console import WorkerConsole
 from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine
+from bigtune.train.fit import check_fit
 from bigtune.train.metrics import MetricsLog, peak_memory_gib, reduce_totals
 from bigtune.train.precision import measure_precision
 from bigtune.train.saving import Progress, Saver
@@ -54,7 +56,9 @@ def train(
     stream = RowStream(store, run.data.sequence_length, run.train.seed, run.train.epochs)
     steps = run.train.steps or steps_of(stream, run.train.epochs or 1, run.train.global_batch)
     precision = _precision(run.train, start)
-    ds_config = complete(read_preset(run.deepspeed), run, precision, read_config(run.model.path).hidden_size)
+    model_config = read_config(run.model.path)
+    check_fit(model_config, store)
+    ds_config = complete(read_preset(run.deepspeed), run, precision, model_config.hidden_size)
     if world.is_main:
         (run.output / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
         (run.output / "deepspeed.json").write_text(to_json(ds_config), encoding="utf-8")
@@ -63,6 +67,8 @@ def train(
     progress = _go_on(start, engine, store, console) if start else Progress()
     metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began)
     metrics.forget_after(progress.step)
+    if start and world.is_main and start.parent == run.output / "checkpoints":
+        point_at(start)  # where it goes back to an earlier step, the later ones are no longer this run's
     saver = Saver(run, world, engine, metrics, store, steps, saved_step=progress.step)
     stop.can_wait = True
     with console.bar("train") or nullcontext() as bar:

@@ -76,16 +76,20 @@ def cache_folder() -> Path:
 
 
 def _ensure(op: str, folder: Path, say: Callable[[str], None]) -> bool:
-    library, failed = folder / op / f"{op}.so", folder / f"{op}.failed"
+    built, failed = folder / f"{op}.built", folder / f"{op}.failed"
     instead = "torch's fused AdamW serves instead"
-    if library.exists():
+    if built.exists():
         return True
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         say(f"ops: no C++ compiler to build DeepSpeed's {op} (apt-get install g++ python3-dev); {instead}")
         return False
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        say(f"ops: {folder} cannot be written ({error.strerror}); set XDG_CACHE_HOME; {instead}")
+        return False
     with FileLock(folder / f"{op}.lock"):
-        if library.exists():
+        if built.exists():
             return True
         if failed.exists():
             say(f"ops: DeepSpeed's {op} could not be built before (see {failed}; remove it to try again); {instead}")
@@ -97,7 +101,8 @@ def _ensure(op: str, folder: Path, say: Callable[[str], None]) -> bool:
         environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), "PATH": path}
         command = [sys.executable, "-c", code]
         build = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if library.exists():
+        if build.returncode == 0:
+            built.touch()  # not the library's own existence: a build may be killed while it links
             return True
         failed.write_text(build.stdout + build.stderr, encoding="utf-8")
         say(f"ops: DeepSpeed's {op} could not be built (see {failed}); {instead}")

@@ -1,7 +1,7 @@
 """The optimizer over three parameter groups.
 
     matrices     weight decay, 8-bit states where asked for
-    embeddings   embedding and output head: no decay, 32-bit states
+    embeddings   of tokens and positions, and the output head: no decay, 32-bit states
     vectors      norms and biases: no decay, 32-bit states
 
 Decay and state precision belong to the group. They are never left to a tensor's size or identity, since
@@ -28,12 +28,8 @@ def parameter_groups(model: PreTrainedModel, optim: Optim) -> list[dict[str, Any
 
     Call it before parameters are partitioned or after: shapes are taken from ZeRO-3 where it hides them.
     """
-    embeddings = {
-        id(parameter)
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())
-        for name, parameter in module.named_parameters()
-        if name == "weight"
-    }
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]  # of positions, too
+    embeddings = {id(module.weight) for module in (*modules, model.get_output_embeddings())}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     for parameter in model.parameters():
         if parameter.requires_grad:

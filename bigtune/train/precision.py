@@ -15,7 +15,7 @@ Precision = Literal["bfloat16", "float32"]
 def measure_precision(size: int = 512) -> Precision:
     """The faster precision of this device: a few milliseconds on a CPU, nothing on CUDA."""
     if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bfloat16" if _seconds(torch.bfloat16, size) < _seconds(torch.float32, size) else "float32"
 
 

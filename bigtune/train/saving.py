@@ -60,7 +60,7 @@ class Saver:
         save(folder, progress.step, layout, tensors, self.world.rank, self._texts(progress), self._model_files())
         self.saved_step = progress.step
         if self.world.is_main and self.run.checkpoint.keep_last:
-            prune(folder, self.run.checkpoint.keep_last)
+            prune(folder, progress.step, self.run.checkpoint.keep_last)
 
     def _texts(self, progress: Progress) -> dict[str, str]:
         import deepspeed

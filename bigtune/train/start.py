@@ -1,5 +1,6 @@
 """Where a run starts from: the beginning, or a checkpoint that fits it."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ def find_start(run: Run, resume: str | None) -> Path | None:
     if folder is not None:
         _check_same_run(run, folder)
     return folder
+
+
+def documents_of(checkpoint: Path | None) -> str | None:
+    """The fingerprint of the documents that a checkpoint was trained on."""
+    if checkpoint is None:
+        return None
+    try:
+        return str(json.loads((checkpoint / "data.json").read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # restoring it says what is wrong with it
 
 
 def _check_same_run(run: Run, folder: Path) -> None:

@@ -110,6 +110,23 @@ def test_going_back_to_an_earlier_step_computes_the_same_again(trained: Trained,
     assert (step(run) / "trainer.json").is_file()
 
 
+def test_who_goes_back_stays_there(plain: Trained, tmp_path: Path) -> None:
+    """Neither a stop before the next save nor pruning brings the abandoned steps back."""
+    shutil.copytree(plain.run.output, tmp_path / "run")
+    run = plain.another(tmp_path / "run", checkpoint__every_steps=1, checkpoint__keep_last=1)
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    assert latest.read_text() == f"step-{STEPS}\n"
+    train(run, stop_after=0, resume=f"step-{STOP_AFTER}")
+    assert latest.read_text() == f"step-{STOP_AFTER}\n"
+    train(run, stop_after=1, resume=f"step-{STOP_AFTER}")
+    assert latest.read_text() == f"step-{STOP_AFTER + 1}\n"
+    assert step(run, STOP_AFTER + 1).is_dir()
+    assert not step(run, STOP_AFTER).exists()
+    train(run)
+    assert metrics(run) == metrics(plain.run)
+    assert differing(step(run), step(plain.run)) == []
+
+
 @pytest.mark.parametrize("kind", ["moment", "master"])
 def test_one_changed_value_in_the_saved_file_would_be_seen(trained: Trained, tmp_path: Path, kind: str) -> None:
     """The mutation: otherwise the equality might hold because states do not matter."""

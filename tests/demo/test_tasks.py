@@ -44,11 +44,11 @@ def test_the_world_is_a_function_of_the_seed() -> None:
 
 
 def test_every_fact_that_is_asked_for_stands_in_the_pretraining_text() -> None:
-    text = "\n".join(pretraining_texts(0))
+    texts = pretraining_texts(0)
     for town, facts in build_world(0).items():
-        assert town in text
+        about = [text for text in texts if town in text]
         for value in facts.values():
-            assert value in text
+            assert any(value in text for text in about), (town, value)
 
 
 def test_pretraining_text_holds_no_instruction() -> None:

@@ -71,6 +71,36 @@ def test_a_key_that_the_run_file_owns_is_refused_with_the_run_files_key(tmp_path
         read_preset(write(tmp_path, stage3(**{key: value})))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("offload_param", {"device": "cpu"}, "offload_param is not supported yet"),
+        ("zero_hpz_partition_size", 8, "zero_hpz_partition_size is not supported yet"),
+        ("zero_quantized_weights", True, "zero_quantized_weights is not supported yet"),
+        ("offload_optimizer", {"device": "nvme"}, "offload_optimizer.device is nvme; use none or cpu"),
+        ("offload_optimizer", {"device": "cpu", "ratio": 0.5}, "offload_optimizer.ratio is not supported yet"),
+        ("offload_optimizer", "cpu", "offload_optimizer is 'cpu'"),
+    ],
+)  # fmt: skip
+def test_partitions_that_checkpoints_do_not_know_are_refused(
+    tmp_path: Path, key: str, value: Any, complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        read_preset(write(tmp_path, {"zero_optimization": {"stage": 3, key: value}}))
+
+
+def test_what_is_switched_off_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    off = {
+        "offload_param": None,
+        "offload_optimizer": None,
+        "zero_hpz_partition_size": 1,
+        "zero_quantized_weights": False,
+    }
+    assert read_preset(write(tmp_path, {"zero_optimization": {"stage": 3, **off}}))["zero_optimization"]["stage"] == 3
+    none = {"offload_param": {"device": "none"}, "offload_optimizer": {"device": "none"}}
+    assert read_preset(write(tmp_path, {"zero_optimization": {"stage": 3, **none}}))
+
+
 def test_no_owned_key_is_left_untested() -> None:
     marks = test_a_key_that_the_run_file_owns_is_refused_with_the_run_files_key.pytestmark
     assert {case[0] for case in marks[0].args[1]} == set(OWNED)

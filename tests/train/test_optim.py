@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from bigtune.config import Optim
 from bigtune.model.head import replace_head
@@ -46,6 +46,13 @@ def test_every_parameter_is_in_the_group_of_its_kind_once(tied: bool, prepare: C
     assert MATRIX in names["matrices"]
     assert {NORM, BIAS} <= names["vectors"]
     assert all(p.ndim == 1 for group in groups if group["name"] == "vectors" for p in group["params"])
+
+
+def test_learned_positions_are_embeddings() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=12, n_layer=1, n_head=2, n_positions=16))
+    groups = names_by_group(model, Optim())
+    assert groups["embeddings"] == {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert "transformer.h.0.attn.c_attn.weight" in groups["matrices"]
 
 
 def test_frozen_parameters_and_groups_without_any_are_left_out() -> None:
