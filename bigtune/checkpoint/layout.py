@@ -152,9 +152,11 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def point_at(folder: Path) -> None:
     """Make a step's folder the one that `latest` names, in one step, on the disk."""
-    pointer = folder.parent / "latest"
+    pointer, text = folder.parent / "latest", folder.name + "\n"
+    if pointer.is_file() and pointer.read_text(encoding="utf-8") == text:
+        return
     aside = pointer.with_suffix(".new")
-    aside.write_text(folder.name + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     sync(aside)
     aside.replace(pointer)
     sync(folder.parent)

@@ -29,10 +29,16 @@ OWNED = {
 }
 
 
-NOT_YET = (
-    "offload_param", "cpu_offload", "cpu_offload_params", "zero_hpz_partition_size", "zero_quantized_weights",
-    "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "mics_shard_size",
-)  # fmt: skip
+NOT_YET: dict[str, Any] = {  # with the value that turns it off
+    "offload_param": {"device": "none"},
+    "cpu_offload": False,
+    "cpu_offload_params": False,
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_gradients": False,
+    "zero_quantized_nontrainable_weights": False,
+    "mics_shard_size": -1,
+}
 
 
 def preset_folder() -> Path:
@@ -72,8 +78,8 @@ def read_preset(name: str) -> dict[str, Any]:
 
 def _refuse_other_partitions(path: Path, zero: dict[str, Any]) -> None:
     """Refuse what puts partitions or states where bigtune's loading and checkpoints do not look for them."""
-    for key in NOT_YET:
-        if zero.get(key) not in (None, False, 1, {"device": "none"}):
+    for key, off in NOT_YET.items():
+        if zero.get(key) not in (None, off):
             raise ConfigError(f"{path}: zero_optimization.{key} is not supported yet; remove it")
     offload = zero.get("offload_optimizer")
     if offload is None:
