@@ -26,7 +26,7 @@ def save(
     tensors: Mapping[str, torch.Tensor],
     rank: int,
     texts: Mapping[str, str],
-    model_files: Mapping[str, Path | str],
+    model_files: Mapping[str, bytes],
 ) -> Path:
     """Save all ranks' partitions as step-N, collectively.
 
@@ -34,7 +34,7 @@ def save(
         layout: who holds which elements, the same on every rank.
         tensors: this rank's, by the names that they have in its file.
         texts: small files by name, such as trainer.json.
-        model_files: what makes a model of the weights, by name: a file to copy, or its text.
+        model_files: what makes a model of the weights, by name: config, tokenizer and their like; rank 0's count.
 
     Returns:
         The checkpoint's folder.
@@ -84,16 +84,13 @@ def _write_rank(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     sync(path)
 
 
-def _write_shared(aside: Path, layout: Layout, texts: Mapping[str, str], model_files: Mapping[str, Path | str]) -> None:
+def _write_shared(aside: Path, layout: Layout, texts: Mapping[str, str], model_files: Mapping[str, bytes]) -> None:
     layout.write(aside)
     for name, text in texts.items():
         (aside / name).write_text(text, encoding="utf-8")
     (aside / "model").mkdir()
     for name, content in model_files.items():
-        if isinstance(content, Path):
-            shutil.copyfile(content, aside / "model" / name)
-        else:
-            (aside / "model" / name).write_text(content, encoding="utf-8")
+        (aside / "model" / name).write_bytes(content)
     for path in aside.rglob("*.json"):
         sync(path)
 

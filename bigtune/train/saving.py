@@ -1,8 +1,7 @@
 """When a run is saved, and what goes into its checkpoints beside the shards."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 
@@ -39,6 +38,11 @@ class Saver:
     store: Store
     steps: int
     saved_step: int
+    _model_files: Mapping[str, bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Read once: the model's folder may be gone when the last step is saved.
+        self._model_files = self._read_model_files() if self.world.is_main else {}
 
     def save_if_due(self, progress: Progress) -> None:
         """Save after every `checkpoint.every_steps`-th step."""
@@ -57,7 +61,7 @@ class Saver:
         self.metrics.flush()
         folder = self.run.output / "checkpoints"
         layout, tensors = collect(self.engine)
-        save(folder, progress.step, layout, tensors, self.world.rank, self._texts(progress), self._model_files())
+        save(folder, progress.step, layout, tensors, self.world.rank, self._texts(progress), self._model_files)
         self.saved_step = progress.step
         if self.world.is_main and self.run.checkpoint.keep_last:
             prune(folder, progress.step, self.run.checkpoint.keep_last)
@@ -86,10 +90,10 @@ class Saver:
         }
         return {"trainer.json": to_json(trainer), "data.json": to_json(data), "run.yaml": self.run.to_yaml()}
 
-    def _model_files(self) -> Mapping[str, Path | str]:
+    def _read_model_files(self) -> Mapping[str, bytes]:
         """What makes a model of the weights; with the default template, where that is what was learnt."""
-        files: dict[str, Path | str] = dict(companion_files(self.run.model.path))
+        files = {name: path.read_bytes() for name, path in companion_files(self.run.model.path).items()}
         manifest = self.store.manifest
         if manifest.template == "default" and manifest.conversations:
-            files["chat_template.jinja"] = DEFAULT_TEMPLATE
+            files["chat_template.jinja"] = DEFAULT_TEMPLATE.encode()
         return files
