@@ -87,7 +87,7 @@ def launch(ranks: int, worker_arguments: Sequence[str], output: Path) -> bool:
         environment.setdefault("DS_ACCELERATOR", "cpu")
     with _Interrupts() as interrupted:
         process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
-        interrupted.process = process
+        interrupted.watch(process)
         code = process.wait()
     if code == 0:
         return not interrupted.count
@@ -120,6 +120,12 @@ class _Interrupts:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 self._before[number] = signal.signal(number, self._handle)
         return self
+
+    def watch(self, process: "subprocess.Popen[bytes]") -> None:
+        """Pass interruptions on to this launcher, one that came while it was starting as well."""
+        self.process = process
+        if self.count:
+            process.terminate()
 
     def __exit__(self, *error: object) -> None:
         if self.process is not None and self.process.poll() is None:  # leaving by an error of our own
