@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from bigtune.evaluate.report import Report
 
 
-def prepare(run: Run) -> "Manifest":
-    """Make the document store of a run, unless it is there already."""
-    return _prepare(run)
+def prepare(run: Run, keep: str | None = None) -> "Manifest":
+    """Make the document store of a run, unless it is there already.
 
-
-def _prepare(run: Run, keep: str | None = None) -> "Manifest":
+    Args:
+        keep: the fingerprint of documents that a checkpoint goes on with; a store of them is not replaced.
+    """
     from bigtune.data import prepare as stage
 
     with bar("prepare") as shown:
@@ -60,7 +60,7 @@ def train(run: Run, ranks: int | None = None, resume: str | None = None, oversub
     ranks = ranks or default_ranks()
     check_ranks(ranks, oversubscribe)
     preset = read_preset(run.deepspeed)
-    _prepare(run, documents_of(find_start(run, resume)))
+    prepare(run, documents_of(find_start(run, resume)))
     ensure_ops(needed_ops(preset, run.optim), lambda line: print(line, file=sys.stderr))
     resolved = run.output / "run.yaml"
     try:

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 CHILD = "BIGTUNE_CHILD"
-"""Tells workers that `bigtune train` started them, and shows their errors itself."""
-PREPARED = "BIGTUNE_PREPARED"
-"""Tells workers that their documents are prepared already."""
+"""Tells workers that `bigtune train` started them: it has prepared their documents and shows their errors."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,7 @@ from typing import Any
 import click
 
 from bigtune import api
-from bigtune.checkpoint.layout import latest
-from bigtune.checkpoint.resume import read_json
+from bigtune.checkpoint.layout import latest, read_json
 from bigtune.config import load_run
 from bigtune.launch.local import gpus
 from bigtune.model.create import create_llama

@@ -150,6 +150,21 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step}"
 
 
+def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
+    """One of a checkpoint's small files.
+
+    Raises:
+        CheckpointError: it is missing or broken.
+    """
+    try:
+        value = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+        return value
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / name}: cannot be read ({error}); resume from another step") from None
+
+
 def point_at(folder: Path) -> None:
     """Make a step's folder the one that `latest` names, in one step, on the disk."""
     pointer, text = folder.parent / "latest", folder.name + "\n"

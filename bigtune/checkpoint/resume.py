@@ -1,9 +1,7 @@
 """Read one rank's part of a checkpoint back, once it is known to fit."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,18 +37,3 @@ def read_partitions(
                 yield {kind: file.get_tensor(f"{part.index}.{kind}") for kind in kinds}, part.scalars
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}; resume from another step") from None
-
-
-def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
-    """One of a checkpoint's small files.
-
-    Raises:
-        CheckpointError: it is missing or broken.
-    """
-    try:
-        value = json.loads((checkpoint / name).read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-        return value
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint / name}: cannot be read ({error}); resume from another step") from None

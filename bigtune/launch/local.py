@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import psutil
 
-from bigtune.dist import CHILD, PREPARED
+from bigtune.dist import CHILD
 from bigtune.errors import LaunchError
 from bigtune.train.signals import STOPPED, end_with_parent
 
@@ -82,7 +82,7 @@ def launch(ranks: int, worker_arguments: Sequence[str], output: Path) -> bool:
         f"--world_info={world_info}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}",
         "--log_level=critical", "--module", "bigtune.train", *worker_arguments,
     ]  # fmt: skip
-    environment = {**os.environ, CHILD: "1", PREPARED: "1"}
+    environment = {**os.environ, CHILD: "1"}
     if not gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     with _Interrupts() as interrupted:

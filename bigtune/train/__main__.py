@@ -15,7 +15,7 @@ import click  # noqa: E402
 from filelock import FileLock, Timeout  # noqa: E402
 
 from bigtune.config import Run, load_run  # noqa: E402
-from bigtune.dist import PREPARED, World  # noqa: E402
+from bigtune.dist import CHILD, World  # noqa: E402
 from bigtune.errors import BigtuneError, LaunchError  # noqa: E402
 from bigtune.train.console import WorkerConsole  # noqa: E402
 from bigtune.train.cores import bind  # noqa: E402
@@ -67,7 +67,7 @@ def _work(run: Run, world: World, resume: str | None, stop: StopRequest, console
     except Timeout:
         raise LaunchError(f"output: another run is training in {run.output}; wait for it, or give another") from None
     start = find_start(run, resume)
-    if PREPARED not in os.environ:  # the first rank works, the others wait
+    if CHILD not in os.environ:  # the first rank works, the others wait
         manifest = prepare(run.data, run.model.path, run.store, keep=documents_of(start))
         console.say(manifest.summary())
     import torch

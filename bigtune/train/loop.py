@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from bigtune import dist
-from bigtune.checkpoint.layout import point_at
-from bigtune.checkpoint.resume import read_json
+from bigtune.checkpoint.layout import point_at, read_json
 from bigtune.checkpoint.save import to_json
 from bigtune.config import Run, Train
 from bigtune.data.store import Store
@@ -56,19 +55,12 @@ def train(
     stream = RowStream(store, run.data.sequence_length, run.train.seed, run.train.epochs)
     steps = run.train.steps or steps_of(stream, run.train.epochs or 1, run.train.global_batch)
     precision = _precision(run.train, start)
-    model_config = read_config(run.model.path)
-    check_fit(model_config, store)
-    ds_config = complete(read_preset(run.deepspeed), run, precision, model_config.hidden_size)
-    if world.is_main:
-        (run.output / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
-        (run.output / "deepspeed.json").write_text(to_json(ds_config), encoding="utf-8")
+    ds_config = _settle(run, precision, store, world)
     console.say(_headline(run, world, steps, precision, stream))
     engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam)
     progress = _go_on(start, engine, store, console) if start else Progress()
     metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began)
     metrics.forget_after(progress.step)
-    if start and world.is_main and start.parent == run.output / "checkpoints":
-        point_at(start)  # where it goes back to an earlier step, the later ones are no longer this run's
     saver = Saver(run, world, engine, metrics, store, steps, saved_step=progress.step)
     stop.can_wait = True
     with console.bar("train") or nullcontext() as bar:
@@ -108,6 +100,17 @@ def train(
     console.say(_ending(progress, steps, metrics.last))
 
 
+def _settle(run: Run, precision: str, store: Store, world: World) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run whose model and documents fit; written down beside the run file."""
+    model_config = read_config(run.model.path)
+    check_fit(model_config, store)
+    ds_config = complete(read_preset(run.deepspeed), run, precision, model_config.hidden_size)
+    if world.is_main:
+        (run.output / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+        (run.output / "deepspeed.json").write_text(to_json(ds_config), encoding="utf-8")
+    return ds_config
+
+
 def _precision(section: Train, start: Path | None) -> str:
     """The run file's precision; for `auto` that of the checkpoint, or rank 0's measurement."""
     if section.precision != "auto":
@@ -140,6 +143,8 @@ def _go_on(start: Path, engine: Engine, store: Store, console: WorkerConsole) ->
         )
     restore(engine, start)
     console.say(f"going on from {start}")
+    if console.world.is_main and start.parent == console.output / "checkpoints":
+        point_at(start)  # where it goes back to an earlier step, the later ones are no longer this run's
     try:
         return Progress(trainer["step"], trainer["skipped_steps"], Position.from_json(data))
     except KeyError as error:

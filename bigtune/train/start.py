@@ -1,11 +1,10 @@
 """Where a run starts from: the beginning, or a checkpoint that fits it."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bigtune.checkpoint.layout import latest, step_folder
+from bigtune.checkpoint.layout import latest, read_json, step_folder
 from bigtune.config import Run
 from bigtune.errors import CheckpointError, ConfigError
 
@@ -39,13 +38,12 @@ def find_start(run: Run, resume: str | None) -> Path | None:
 
 
 def documents_of(checkpoint: Path | None) -> str | None:
-    """The fingerprint of the documents that a checkpoint was trained on."""
-    if checkpoint is None:
-        return None
-    try:
-        return str(json.loads((checkpoint / "data.json").read_text(encoding="utf-8"))["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # restoring it says what is wrong with it
+    """The fingerprint of the documents that a checkpoint was trained on.
+
+    Raises:
+        CheckpointError: its data.json is missing or broken.
+    """
+    return read_json(checkpoint, "data.json").get("fingerprint") if checkpoint else None
 
 
 def _check_same_run(run: Run, folder: Path) -> None:
