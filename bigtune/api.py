@@ -22,6 +22,7 @@ from bigtune.progress import bar
 if TYPE_CHECKING:
     from bigtune.data.store import Manifest
     from bigtune.evaluate.report import Report
+    from bigtune.report.inspection import Inspection
 
 
 def prepare(run: Run, keep: str | None = None) -> "Manifest":
@@ -32,19 +33,43 @@ def prepare(run: Run, keep: str | None = None) -> "Manifest":
     """
     from bigtune.data import prepare as stage
 
+    if run.data.stream:
+        raise ConfigError("'data.stream': true reads the sources while training: there is nothing to prepare")
     with bar("prepare") as shown:
-        manifest = stage.prepare(run.data, run.model.path, run.store, shown.advance_to, keep)
+        manifest = stage.prepare(run.data, run.model.path, run.store, shown.advance_to, keep, run.held_out)
     print(f"prepare: {manifest.summary()}", file=sys.stderr)
     return manifest
 
 
-def train(run: Run, ranks: int | None = None, resume: str | None = None, oversubscribe: bool = False) -> bool:
+def inspect(run: Run, samples: int = 3, rows: int = 1, ranks: int = 2) -> "Inspection":
+    """Look at what a run trains on, prepared first if it is not; a run that training would refuse can be seen too.
+
+    Args:
+        samples: documents to read.
+        rows: packed rows to read.
+        ranks: data ranks that the batches are dealt to.
+    """
+    from bigtune.report import data as stage
+    from bigtune.report.inspection import Wishes
+
+    with bar("prepare") as shown:
+        return stage.inspect(run, Wishes(samples, rows, ranks), shown.advance_to)
+
+
+def train(
+    run: Run,
+    ranks: int | None = None,
+    resume: str | None = None,
+    oversubscribe: bool = False,
+    new_data: bool = False,
+) -> bool:
     """Prepare, then train on workers of this host, from the run's latest checkpoint if it has one.
 
     Args:
         ranks: workers; None for one a GPU, or one with all cores.
         resume: "latest", "step-N" or a checkpoint's path.
         oversubscribe: allow more ranks than cores.
+        new_data: go on with other documents than the checkpoint's, from the next epoch on.
 
     Returns:
         Whether the run is done; False if it was interrupted, saved, and goes on when called again.
@@ -60,7 +85,9 @@ def train(run: Run, ranks: int | None = None, resume: str | None = None, oversub
     ranks = ranks or default_ranks()
     check_ranks(ranks, oversubscribe)
     preset = read_preset(run.deepspeed)
-    prepare(run, documents_of(find_start(run, resume)))
+    start = find_start(run, resume, new_data)
+    if not run.data.stream:
+        prepare(run, None if new_data else documents_of(start))
     ensure_ops(needed_ops(preset, run.optim), lambda line: print(line, file=sys.stderr))
     resolved = run.output / "run.yaml"
     try:
@@ -68,7 +95,8 @@ def train(run: Run, ranks: int | None = None, resume: str | None = None, oversub
         resolved.write_text(run.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise LaunchError(f"output: {run.output.absolute()} cannot be written: {error.strerror}") from None
-    return launch(ranks, [str(resolved), *([f"--resume={resume}"] if resume else [])], run.output)
+    options = [f"--resume={resume}"] * (resume is not None) + ["--new-data"] * new_data
+    return launch(ranks, [str(resolved), *options], run.output)
 
 
 def merge(checkpoint: Path, output: Path, dtype: str | None = None, max_shard_size: str = "5GB") -> Path:
@@ -85,12 +113,15 @@ def evaluate(run: Run, model: Path) -> "Report":
     Raises:
         ConfigError: the run file has no evaluate section.
     """
+    from bigtune.data.holdout import bound_of
     from bigtune.evaluate import run as stage
 
     if run.evaluate is None:
         raise ConfigError("the run file has no evaluate section; add evaluate: {sources: [{path: …}]}")
+    asks_for_training_rows = run.evaluate.sources is None or run.evaluate.shots
+    below = bound_of(run.data, run.store) if asks_for_training_rows else 0
     with bar("evaluate") as shown:
         return stage.evaluate(
             run.evaluate, run.data, model, run.train.seed,
-            progress=lambda stage, done, total: shown.advance_to(done, total, stage),
+            progress=lambda stage, done, total: shown.advance_to(done, total, stage), below=below,
         )  # fmt: skip

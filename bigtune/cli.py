@@ -59,14 +59,55 @@ def prepare(run_file: str, overrides: tuple[str, ...]) -> None:
     api.prepare(load_run(run_file, overrides))
 
 
+@main.command(epilog=_example("bigtune inspect recipes/gsm8k.yaml --html runs/gsm8k/data.html"))
+@click.argument("run_file")
+@click.option("--samples", type=click.IntRange(min=0), default=3, show_default=True, help="Documents to read.")
+@click.option("--rows", type=click.IntRange(min=0), default=1, show_default=True, help="Packed rows to read.")
+@click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Ranks to deal batches to.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write it as a web page instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON.")
+@_overrides
+def inspect(
+    run_file: str, samples: int, rows: int, ranks: int, html: Path | None, as_json: bool, overrides: tuple[str, ...]
+) -> None:
+    """Show what RUN_FILE trains on: its documents as tokens, what is supervised, packed and left out."""
+    from bigtune import api
+    from bigtune.config import load_run
+
+    if as_json and html is None:
+        samples = rows = 0  # of which no statistics tell
+    found = api.inspect(load_run(run_file, overrides), samples, rows, ranks)
+    if html is not None:
+        from bigtune.report.page import write_page
+
+        write_page(found, html)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1))
+    elif html is not None:
+        click.echo(html)
+    else:
+        from rich.console import Console
+
+        from bigtune.report.terminal import render
+
+        console = Console(highlight=False)
+        console.print(render(found, console.width))
+
+
 @main.command(epilog=_example("bigtune train recipes/gsm8k.yaml --ranks 2 --set train.steps=20"))
 @click.argument("run_file")
 @click.option("--ranks", type=click.IntRange(min=1), help="Workers on this host. Default: its GPUs, or 1.")
 @click.option("--resume", metavar="latest|step-N|PATH", help="Default: the latest checkpoint, if there is one.")
+@click.option("--new-data", is_flag=True, help="Go on with documents that changed, from the next epoch on.")
 @click.option("--oversubscribe", is_flag=True, help="Allow more ranks than cores.")
 @_overrides
 def train(
-    run_file: str, ranks: int | None, resume: str | None, oversubscribe: bool, overrides: tuple[str, ...]
+    run_file: str,
+    ranks: int | None,
+    resume: str | None,
+    new_data: bool,
+    oversubscribe: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Train RUN_FILE on this host's workers, each on cores or a GPU of its own.
 
@@ -76,7 +117,7 @@ def train(
     from bigtune import api
     from bigtune.config import load_run
 
-    if not api.train(load_run(run_file, overrides), ranks, resume, oversubscribe):
+    if not api.train(load_run(run_file, overrides), ranks, resume, oversubscribe, new_data):
         sys.exit(STOPPED)
 
 

@@ -24,6 +24,22 @@ FilePath = Annotated[
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def _supervise(value: Any) -> Any:
+    if value in ("all", "last"):
+        return value
+    if isinstance(value, list | tuple) and value and set(value) <= set(ROLES):
+        return tuple(value)
+    raise ValueError(f"{value!r}; allowed: all, last, or a list of {', '.join(ROLES)}")
+
+
+def _holdout(value: Any) -> Any:
+    fraction = isinstance(value, float) and 0 < value < 1
+    if value is None or fraction or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"{value!r}; give a fraction between 0 and 1, or a number of rows")
 
 
 class Section(BaseModel):
@@ -39,24 +55,136 @@ class Model(Section):
 
 
 class Source(Section):
-    """One file of raw data."""
+    """Raw data: files, or a data set of the `datasets` library. The format is recognised by the rows' keys."""
 
-    path: FilePath = Field(description="JSONL file, or a JSON array")
+    path: FilePath | None = Field(
+        default=None,
+        description="file, glob, folder, or folder of `save_to_disk`: JSONL, JSON array, CSV, TSV, Parquet, Arrow, "
+        "plain text, and gzip or zstd of these",
+    )
+    dataset: str | None = Field(default=None, description="data set by name, from the hub or the local cache")
+    config: str | None = Field(default=None, description="configuration of the data set")
+    split: str | None = Field(default=None, description="split of the data set; needed where it has several")
+    fields: dict[str, str] = Field(
+        default={}, description="key of a known format: key of the rows, as in `{instruction: task.text, output: gold}`"
+    )
+    roles: dict[str, str] = Field(default={}, description="name of a role in the rows: system, user, assistant or tool")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give either path or dataset")
+        if self.config is not None and self.dataset is None:
+            raise ValueError("config goes with dataset")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return str(self.path) if self.path is not None else str(self.dataset)
 
 
-Sources = Annotated[tuple[Source, ...], Strict(False), Field(min_length=1, description="files, each as `{path: …}`")]
+class TrainingSource(Source):
+    """A source with its part in the mixture."""
+
+    weight: float | None = Field(
+        default=None, gt=0, description="share of an epoch's tokens, relative to the other sources; all of them or none"
+    )
+    max_documents: int | None = Field(default=None, ge=1, description="so many, drawn under the seed; none: all")
+
+
+Sources = Annotated[tuple[Source, ...], Strict(False), Field(min_length=1, description="each as `{path: …}`")]
+TrainingSources = Annotated[
+    tuple[TrainingSource, ...], Strict(False), Field(min_length=1, description="each as `{path: …}`")
+]
+
+
+class Clean(Section):
+    """What is left out of the training documents. Each step is off unless asked for, and counted and listed."""
+
+    exact_duplicates: bool = Field(default=False, description="remove rows that say the same as an earlier one")
+    near_duplicates: float | None = Field(
+        default=None, gt=0, lt=1, description="remove rows whose estimated Jaccard similarity to an earlier is as high"
+    )
+    decontaminate: int | None = Field(
+        default=None, ge=4, description="remove rows that share so many words in a row with a held-out row; often 13"
+    )
+    min_tokens: int | None = Field(default=None, ge=1, description="remove shorter documents")
+    max_tokens: int | None = Field(default=None, ge=1, description="remove longer documents")
+    min_answer_characters: int | None = Field(
+        default=None, ge=1, description="remove rows whose answers together are shorter"
+    )
+    same_answer_at_most: int | None = Field(
+        default=None, ge=1, description="keep so many rows of those whose answer is word for word the same"
+    )
+    max_repetition: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="remove rows with an answer that repeats itself: share of repeated 4-grams",
+    )
 
 
 class Data(Section):
     """What is trained on, and how it is cut into rows."""
 
-    sources: Sources
+    sources: TrainingSources
     sequence_length: int = Field(default=1024, ge=8, description="tokens a packed row")
-    on_bad_row: Literal["error", "skip"] = Field(default="error", description="skipped ones are counted by reason")
-    on_long_document: Literal["drop", "truncate", "error"] = Field(
-        default="drop", description="a document longer than a row; dropped and truncated ones are counted"
+    chat_template: str | None = Field(
+        default=None,
+        description="a Jinja file, or a name of bigtune/data/templates; none: the tokenizer's own, or `plain`",
     )
+    supervise: Annotated[Any, BeforeValidator(_supervise)] = Field(
+        default="all", description="assistant turns that are learnt, or a list of roles; a row's own marks come first"
+    )
+    special_tokens: Literal["text", "parse"] = Field(
+        default="text", description="text of a row that spells a special token stays text, or becomes the token"
+    )
+    on_bad_row: Literal["error", "skip"] = Field(default="error", description="skipped ones are counted by reason")
+    on_long_document: Literal["drop", "truncate", "split", "error"] = Field(
+        default="drop", description="a document longer than a row; each is counted"
+    )
+    clean: Clean = Clean()
+    holdout: Annotated[float | int | None, BeforeValidator(_holdout)] = Field(
+        default=None,
+        description="fraction or number of rows kept from training, for `bigtune evaluate`; chosen by their content",
+    )
+    mixture: Literal["first_exhausted", "all_exhausted"] = Field(
+        default="first_exhausted",
+        description="with weights, an epoch ends with the first source that is used up, or with the last",
+    )
+    min_supervised: float = Field(
+        default=0.001, ge=0, lt=1, description="share of supervised tokens below which a run is refused"
+    )
+    stream: bool = Field(default=False, description="read, tokenize and pack while training, instead of preparing")
+    workers: int | None = Field(default=None, ge=1, description="processes that tokenize; none: one a core")
     store: FilePath | None = Field(default=None, description="prepared documents; default: OUTPUT/data")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("give every source a weight, or none")
+        if self.stream:
+            self._refuse_whole_data()
+        return self
+
+    def _refuse_whole_data(self) -> None:
+        """What cannot be done while reading, and why."""
+        needs = {
+            "sources.weight": (any(source.weight for source in self.sources), "the number of tokens of each source"),
+            "sources.max_documents": (any(s.max_documents for s in self.sources), "all rows, to draw from them"),
+            "holdout as a number of rows": (type(self.holdout) is int, "all rows, to find the lowest hashes"),
+            "clean.exact_duplicates": (self.clean.exact_duplicates, "the rows before, however many"),
+            "clean.near_duplicates": (self.clean.near_duplicates, "the rows before, however many"),
+            "clean.same_answer_at_most": (self.clean.same_answer_at_most, "the answers before, however many"),
+        }
+        for key, (asked, why) in needs.items():
+            if asked:
+                raise ValueError(
+                    f"stream reads each row once, in bounded memory, but {key} needs {why}; "
+                    "drop it, or set data.stream: false"
+                )
 
 
 class Optim(Section):
@@ -109,7 +237,7 @@ class Checkpoint(Section):
 class Evaluate(Section):
     """How a model is scored."""
 
-    sources: Sources
+    sources: Sources | None = Field(default=None, description="held-out rows; default: those of data.holdout")
     shots_from: Sources | None = Field(
         default=None, description="rows to draw few-shot examples from; default: data.sources"
     )
@@ -136,6 +264,23 @@ class Run(Section):
     evaluate: Evaluate | None = None
     deepspeed: str = Field(default="zero3", description="a preset of ds_configs/, or the path of a JSON file")
     output: FilePath = Field(description="folder of the run: checkpoints, metrics, logs, documents")
+
+    @model_validator(mode="after")
+    def _known_length(self) -> Self:
+        if self.data.stream and self.train.epochs is not None:
+            raise ValueError("train.epochs needs the number of rows, which data.stream does not know; give train.steps")
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_rows(self) -> Self:
+        if self.evaluate is not None and self.evaluate.sources is None and self.data.holdout is None:
+            raise ValueError("evaluate.sources is missing; name held-out rows there, or set data.holdout")
+        return self
+
+    @property
+    def held_out(self) -> tuple[Source, ...]:
+        """The sources of held-out rows that the evaluate section names."""
+        return (self.evaluate.sources if self.evaluate else None) or ()
 
     @property
     def store(self) -> Path:

@@ -1,6 +1,7 @@
 """Write docs/run-file.md from the sections of bigtune/config.py; a test holds the two together."""
 
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from bigtune.config import Run
+from bigtune.config import Run, Source
 
 HEAD = """# The run file
 
@@ -20,19 +21,22 @@ paths are relative to the directory that a command is started in.
 
 def document() -> str:
     """The page as Markdown."""
-    sections = {name: field for name, field in Run.model_fields.items() if _section(field.annotation)}
-    text = HEAD + _table(Run, skip=set(sections))
-    for name, field in sections.items():
+    return HEAD + _table(Run) + "".join(_sections(Run))
+
+
+def _sections(parent: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """A heading and a table for each section within another, in reading order; each kind of source once."""
+    for name, field in parent.model_fields.items():
         section = _section(field.annotation)
-        assert section is not None
-        text += f"\n## {name}\n{section.__doc__}\n\n{_table(section)}"
-    return text
+        if section is not None and not (prefix == "evaluate." and section is Source):
+            yield f"\n## {prefix}{name}\n{section.__doc__}\n\n{_table(section)}"
+            yield from _sections(section, f"{prefix}{name}.")
 
 
-def _table(section: type[BaseModel], skip: typing.Collection[str] = ()) -> str:
+def _table(section: type[BaseModel]) -> str:
     lines = ["| key | default | what |", "| --- | --- | --- |"]
     for name, field in section.model_fields.items():
-        if name not in skip:
+        if _section(field.annotation) is None or field.description:  # other sections have tables of their own
             default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"
             told = [part for part in (_allowed(field), field.description) if part]
             lines.append(f"| `{name}` | {default} | {'; '.join(told)} |")
@@ -42,9 +46,7 @@ def _table(section: type[BaseModel], skip: typing.Collection[str] = ()) -> str:
 def _section(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(
-        (part for part in typing.get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)), None
-    )
+    return next(filter(None, map(_section, typing.get_args(annotation))), None)
 
 
 def _plain(value: Any) -> str:

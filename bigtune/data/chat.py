@@ -1,47 +1,50 @@
-"""Conversations → token ids and the spans of them that are supervised, through the model's chat template.
+"""Conversations → token ids and the spans of them that are supervised, through a chat template.
 
-A document's text is rendered and tokenised whole. Supervised are the assistant's words and the token that
-ends each of its turns; prompts, headers and what follows an end of turn are not.
+    Conversation ──turns──▶ text, ranges of characters ──tokens──▶ token ids, spans of tokens
+
+Supervised are, as a rule, the assistant's words and the token that ends each of its turns; prompts, headers and
+what follows an end of turn are not.
 """
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from bigtune.data.conversation import Conversation, Message
-from bigtune.errors import DataError, ModelError
-
-# For a model that brings no template. One newline, not two, stands before an answer, so that no common
-# pre-tokenizer splits the prompt differently once an answer follows it.
-DEFAULT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}{{ message['content'] + '\\n\\n' }}"
-    "{%- elif message['role'] == 'user' -%}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
-    "{%- else -%}{{ '### Response:\\n' + message['content'] + eos_token }}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}"
-)
+from bigtune.data.template import DEFAULT_TEMPLATE, Refusal, Template, Tools, find_template, turns_of
+from bigtune.data.tokens import Text, Tokenised, Tokens
+from bigtune.data.turns import Drawing, Drawn, Supervise, supervised_turns
+from bigtune.errors import ConfigError, DataError, ModelError
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
-Spans = list[tuple[int, int]]
+
+def _ones() -> npt.NDArray[np.float32]:
+    return np.empty(0, dtype=np.float32)  # as many as there are spans; see __post_init__
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One document: `input_ids` int32 [n], `spans` int32 [k, 2], half-open ranges of supervised tokens."""
+    """One document: `input_ids` int32 [n]; `spans` int32 [k, 2], half-open ranges of supervised tokens, increasing
+    and disjoint; `weights` float32 [k], of each span, above 0, and 1 where not given."""
 
     input_ids: npt.NDArray[np.int32]
     spans: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32] = field(default_factory=_ones)
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != len(self.spans):
+            object.__setattr__(self, "weights", np.ones(len(self.spans), dtype=np.float32))
 
     @property
     def supervised(self) -> int:
+        """Number of supervised tokens."""
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
 
 
@@ -67,164 +70,201 @@ def load_tokenizer(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A tokenizer and the chat template that it is used with."""
+    """How conversations become documents: a tokenizer, a chat template, and what of it is supervised.
 
-    tokenizer: Any
-    template: str
-    is_default: bool
-    adds_bos: bool
+    Plain data, to be sent to other processes once each; what works is built in every process when first used.
+    """
+
+    tokenizer_json: str = field(repr=False)
+    template: str = field(repr=False)
+    name: str  # where the template is from: model, a name of bigtune's, or a file
+    tool_template: str | None = field(repr=False)  # the model's own for rows with tools, if it has one
+    variables: tuple[tuple[str, str], ...]  # special tokens as templates know them
+    bos_id: int | None  # None where the tokenizer begins no text with it
+    eos_id: int
+    supervise: Supervise
+    special_tokens: Literal["text", "parse"]
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "ChatFormat":
-        """The tokenizer's own template, or DEFAULT_TEMPLATE where it has none.
+    def of(
+        cls,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        supervise: Supervise = "all",
+        special_tokens: Literal["text", "parse"] = "text",
+    ) -> "ChatFormat":
+        """The format of a transformers tokenizer.
+
+        `chat_template` names a template of bigtune's or a Jinja file; without it, the tokenizer's own is used, or
+        `plain` where it has none. `supervise` takes all assistant turns, the last one, or turns of these roles.
+        With `special_tokens="text"`, what spells a special token in a row stays text; added tokens that are not
+        special, as `<think>` often is, are tokens anywhere.
 
         Raises:
-            ModelError: the tokenizer has no end-of-text token, or cannot tell where its tokens lie.
+            ConfigError: there is no such template, or it is no valid Jinja.
+            ModelError: the tokenizer has no end-of-text token, cannot tell where its tokens lie, or has a broken
+                template.
         """
         where = tokenizer.name_or_path or "the tokenizer"
         if tokenizer.eos_token_id is None:
             raise ModelError(f"{where}: the tokenizer has no eos_token; name one in tokenizer_config.json")
         if not tokenizer.is_fast:
             raise ModelError(f"{where}: bigtune needs a fast tokenizer; convert it to tokenizer.json")
-        template = tokenizer.chat_template
-        if isinstance(template, dict):  # several templates, by name: the unnamed one is called "default"
-            template = template.get("default")
-        first = tokenizer("x").input_ids[:1]
-        adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-        return cls(tokenizer, template or DEFAULT_TEMPLATE, not template, adds_bos)
+        own, tool_template = _own_templates(tokenizer.chat_template)
+        if chat_template is not None:
+            added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+            name, template, tool_template = chat_template, find_template(chat_template, added), None
+        else:
+            name, template = ("model", own) if own else ("plain", DEFAULT_TEMPLATE)
+        begun = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+        made = cls(
+            tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+            template=template,
+            name=name,
+            tool_template=tool_template,
+            variables=tuple(tokenizer.special_tokens_map.items()),
+            bos_id=tokenizer.bos_token_id if begun else None,
+            eos_id=tokenizer.eos_token_id,
+            supervise=supervise,
+            special_tokens=special_tokens,
+        )
+        try:
+            made._drawings  # noqa: B018 - compiled now, so that a broken template is told of before any row
+        except Refusal as reason:
+            if chat_template is not None:
+                raise ConfigError(f"data.chat_template {name}, {reason}; mend the template") from None
+            raise ModelError(f"{where}: its chat template, {reason}; mend it, or name a data.chat_template") from None
+        return made
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    @property
+    def identity(self) -> str:
+        """What decides the token ids beside the tokenizer's files, as text."""
+        facts = [self.template, self.tool_template, self.supervise, self.special_tokens]
+        return json.dumps(facts, ensure_ascii=False)
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """The text that asks for the next assistant turn, the same as in training.
 
         Raises:
             DataError: the template refuses the messages.
         """
-        return self._render(messages, "a prompt", generation=True)
+        try:
+            return self._drawing(tools).template.render(turns_of(messages), tools, prompt=True)
+        except Refusal as reason:
+            raise DataError(f"a prompt: {reason}") from None
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
-        """Documents in the order of the conversations.
+    def prompt_ids(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
+        """Token ids of the prompt, the same as in training.
 
         Raises:
-            DataError: the template refuses a row, or renders its earlier turns otherwise once more follow.
+            DataError: the template refuses the messages.
         """
-        if not conversations:
-            return []
+        turns = turns_of(messages)
+        try:
+            turns, tools, hidden = self._shielded(turns, tools)
+            text = Text(self._drawing(tools).template.render(turns, tools, prompt=True), hidden=hidden)
+            [made] = self._tokens.encode([text])
+            if isinstance(made, Refusal):
+                raise made
+        except Refusal as reason:
+            raise DataError(f"a prompt: {reason}") from None
+        ids: list[int] = made[0].tolist()
+        return ids
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | DataError]:
+        """The documents of each conversation, by turn, or why there are none; in the order of the conversations.
+
+        A conversation is one document, but for templates that write earlier turns otherwise once more follow; see
+        `bigtune.data.turns`. Raw text is begun as the tokenizer begins text by default, ended, and supervised whole.
+        """
         drawn = [self._draw(conversation) for conversation in conversations]
-        documents = self._tokenise(drawn)
+        texts = [
+            Text(document.text, _cuts(document), document.prompts, hidden)
+            for row in drawn
+            if not isinstance(row, Refusal)
+            for document, hidden in row
+        ]
+        made = iter(self._tokens.encode(texts))
         return [
-            _document(ids, spans) if conversation.messages else self._raw(ids)
-            for conversation, (ids, spans) in zip(conversations, documents, strict=True)
+            DataError(f"{conversation.where}: {row}")
+            if isinstance(row, Refusal)
+            else self._finished(conversation, [(document, next(made)) for document, _ in row])
+            for conversation, row in zip(conversations, drawn, strict=True)
         ]
 
-    def _raw(self, ids: list[int]) -> Encoded:
-        """Raw text: begun as the tokenizer begins text by default, always ended, and supervised whole."""
-        ids = [self.tokenizer.bos_token_id] * self.adds_bos + ids + [self.tokenizer.eos_token_id]
-        return _document(ids, [(0, len(ids))])
-
-    def _render(self, messages: Sequence[Message], where: str, generation: bool = False) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+    def _draw(self, conversation: Conversation) -> list[tuple[Drawn, bool]] | Refusal:
+        """Documents, and whether spelled special tokens were hidden in them."""
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                turns, chat_template=self.template, tokenize=False, add_generation_prompt=generation
-            )
-        except Exception as error:  # templates raise what they like
-            reason = str(error).strip().split("\n")[0][:200]
-            raise DataError(
-                f"{where}: the chat template refuses the conversation ({reason}); mend the row or template"
-            ) from None
-        return text
+            if not conversation.messages:
+                [turn], _, hidden = self._shielded([{"content": conversation.text}], ())
+                return [(Drawn(turn["content"]), hidden)]
+            weights = supervised_turns(conversation.messages, self.supervise)
+            turns, tools, hidden = self._shielded(turns_of(conversation.messages), conversation.tools)
+            return [(document, hidden) for document in self._drawing(tools).draw(turns, tools, weights)]
+        except Refusal as reason:
+            return reason
 
-    def _draw(self, conversation: Conversation) -> tuple[str, Spans]:
-        """The text of a document and the character ranges of its answers."""
-        if not conversation.messages:
-            return conversation.text, []
-        answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
-        messages = conversation.messages[: answers[-1] + 1]  # nothing is learnt from what follows
-        text = self._render(messages, conversation.where)
-        spans: Spans = []
-        for i in answers:
-            head = self._render(messages[:i], conversation.where, generation=True)
-            turn = text if i == answers[-1] else self._render(messages[: i + 1], conversation.where)
-            if not (text.startswith(turn) and turn.startswith(head)):
-                raise DataError(
-                    f"{conversation.where}: the chat template rewrites earlier turns once later ones follow, "
-                    "so that training would differ from use; split the row into one row an answer, or "
-                    "change the template"
-                )
-            spans.append((len(head), _end_of_turn(turn, messages[i].content)))
-        return text, spans
+    def _shielded(self, turns: list[dict[str, Any]], tools: Tools) -> tuple[list[dict[str, Any]], Tools, bool]:
+        """Turns and tools with spelled special tokens hidden, and whether there were any."""
+        if self.special_tokens == "parse" or not (self._tokens.spelled(turns) or self._tokens.spelled(tools)):
+            return turns, tools, False
+        return self._tokens.hide(turns), self._tokens.hide(tools), True
 
-    def _tokenise(self, drawn: Sequence[tuple[str, Spans]]) -> list[tuple[list[int], Spans]]:
-        """Token ids and token spans of each document; character spans come in."""
-        whole = self._ids([text for text, _ in drawn], offsets=True)
-        documents: list[tuple[list[int], Spans]] = []
-        cut: list[int] = []
-        for i, (text, spans) in enumerate(drawn):
-            borders = _token_borders(text, spans, whole["offset_mapping"][i])
-            if borders is None:
-                cut.append(i)
-            documents.append((whole["input_ids"][i], borders or []))
-        # Few documents, as a rule: their prompts would be split otherwise than at inference.
-        pieces = [_pieces(*drawn[i]) for i in cut]
-        ids = iter(self._ids([piece for row in pieces for piece in row])["input_ids"] if cut else ())
-        for i, row in zip(cut, pieces, strict=True):
-            parts = [next(ids) for _ in row]
-            edges = np.cumsum([0, *map(len, parts)]).tolist()
-            # Pieces alternate: prompt, answer, prompt, answer, …, rest.
-            spans = [(edges[k], edges[k + 1]) for k in range(1, 2 * len(drawn[i][1]), 2)]
-            documents[i] = [token for part in parts for token in part], spans
+    def _finished(
+        self, conversation: Conversation, made: Sequence[tuple[Drawn, Tokenised | Refusal]]
+    ) -> list[Encoded] | DataError:
+        documents = []
+        for drawn, tokenised in made:
+            if isinstance(tokenised, Refusal):
+                return DataError(f"{conversation.where}: {tokenised}")
+            ids, edges = tokenised
+            if conversation.messages:
+                at = dict(zip(_cuts(drawn), edges, strict=True))
+                documents.append(_document(ids, [(at[a], at[b]) for a, b in drawn.spans], drawn.weights))
+            else:
+                begun = [] if self.bos_id is None else [self.bos_id]
+                ids = np.concatenate([np.array(begun, np.int32), ids, np.array([self.eos_id], np.int32)])
+                documents.append(_document(ids, [(0, len(ids))], [1.0]))
         return documents
 
-    def _ids(self, texts: list[str], offsets: bool = False) -> Any:
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=offsets,
-            verbose=False,  # long documents are prepare's concern
-        )
+    def _drawing(self, tools: Tools) -> Drawing:
+        return self._drawings[bool(tools)]
+
+    @cached_property
+    def _tokens(self) -> Tokens:
+        return Tokens(self.tokenizer_json)
+
+    @cached_property
+    def _drawings(self) -> tuple[Drawing, Drawing]:
+        """How rows without and with tools are drawn."""
+        special, variables = self._tokens.special, dict(self.variables)
+        plain = Drawing(Template(self.template, variables), special)
+        if self.tool_template is None:
+            return plain, plain
+        return plain, Drawing(Template(self.tool_template, variables), special)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
-def _end_of_turn(turn: str, content: str) -> int:
-    """Where supervision ends: after the end-of-turn token, before the line break that many templates add.
-
-    A template without such a token ends its turns by white space alone, and that is then supervised.
-    """
-    body = turn.rstrip()
-    return len(turn) if body.endswith(content.rstrip()) else len(body)
+def _own_templates(own: str | Mapping[str, str] | None) -> tuple[str | None, str | None]:
+    """A tokenizer's template, and its other one for rows with tools, if it has several by name."""
+    if isinstance(own, Mapping):
+        return own.get("default"), own.get("tool_use")
+    return own, None
 
 
-def _token_borders(text: str, spans: Spans, offsets: Sequence[tuple[int, int]]) -> Spans | None:
-    """Character spans → token spans, or None where the prompt's tokens may not be those of the prompt alone.
-
-    That is so where one token reaches over a border; where white space at a border belongs to no token's
-    offsets (some tokenizers trim them); and where a run of white space ends at the answer, since
-    pre-tokenizers split such a run by what follows it.
-    """
-    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
-    edges: list[int] = []
-    for span in spans:
-        for border in span:
-            at = int(np.searchsorted(starts, border))
-            before = border == 0 or (at > 0 and starts[at - 1] < ends[at - 1] == border)
-            after = at == len(starts) or starts[at] == border < ends[at]
-            if not (before and after):
-                return None
-            edges.append(at)
-        if text[max(span[0] - 2, 0) : span[0]].isspace() and span[0] >= 2:
-            return None
-    return list(zip(edges[::2], edges[1::2], strict=True))
+def _cuts(drawn: Drawn) -> list[int]:
+    """Where tokens must begin: at the ends of prompts, and on both sides of what is supervised."""
+    return sorted({*drawn.prompts, *(border for span in drawn.spans for border in span)})
 
 
-def _pieces(text: str, spans: Spans) -> list[str]:
-    borders = [0, *(border for span in spans for border in span), len(text)]
-    return [text[a:b] for a, b in itertools.pairwise(borders)]
-
-
-def _document(ids: list[int], spans: Spans) -> Encoded:
+def _document(ids: npt.NDArray[np.int32], spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> Encoded:
     # A document's first token has nothing before it to predict it from.
-    kept = [(max(start, 1), end) for start, end in spans if max(start, 1) < end]
-    return Encoded(np.array(ids, dtype=np.int32), np.array(kept, dtype=np.int32).reshape(-1, 2))
+    kept = [(max(start, 1), end, weight) for (start, end), weight in zip(spans, weights, strict=True)]
+    kept = [(start, end, weight) for start, end, weight in kept if start < end]
+    return Encoded(
+        ids,
+        np.array([span[:2] for span in kept], dtype=np.int32).reshape(-1, 2),
+        np.array([span[2] for span in kept], dtype=np.float32),
+    )

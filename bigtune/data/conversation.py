@@ -1,32 +1,52 @@
 """What every format becomes: the turns of one conversation, or one plain text."""
 
-from dataclasses import dataclass
-from pathlib import Path
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` is system, user or assistant."""
+    """One turn.
 
-    role: str
+    `weight` is what the row itself says of its part in the loss: 0 for none, None where it says nothing and
+    `data.supervise` decides. `extra` is what chat templates know beside: tool_calls, name, tool_call_id,
+    reasoning_content.
+    """
+
+    role: str  # system, user, assistant or tool
     content: str
+    weight: float | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row of a source. `messages` is empty for raw text, which is supervised whole.
+    """One example of a source. `messages` is empty for raw text, which is supervised whole.
 
-    `task` is the row's own `task` key, by which evaluation groups its scores; `row` counts from 1.
+    `task` is the row's own `task` key, by which evaluation groups its scores; `id` its own `id`, if any; `row`
+    counts from 1.
     """
 
     messages: tuple[Message, ...]
-    path: Path
+    path: str
     row: int
     text: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
     task: str = ""
     tags: tuple[str, ...] = ()
+    id: str = ""
 
     @property
     def where(self) -> str:
         """The place of the row, for an error message."""
         return f"{self.path}, row {self.row}"
+
+    @property
+    def content_hash(self) -> int:
+        """64 bits of what is said, whatever the file, the format and the order of rows."""
+        said: list[Any] = [self.text, [[m.role, m.content, dict(m.extra)] for m in self.messages], list(self.tools)]
+        text = json.dumps(said, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -1,25 +1,42 @@
-"""Raw files → conversations: JSONL or one JSON array, in any of the formats that users come with.
+"""One row → conversations, in any of the formats that users come with.
 
 The format is recognised row by row, by the row's keys, so that files of different formats mix freely.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from bigtune.config import Source
 from bigtune.data.conversation import Conversation, Message
+from bigtune.data.dialogue import ROLES, check_turns, message_of
+from bigtune.data.files import read_chunks, rows_of
+from bigtune.data.sources import TURN_KEYS, resolve_sources
+from bigtune.data.values import (
+    BadRow,
+    check_plain,
+    check_text,
+    decode_line,
+    kind_of,
+    list_at,
+    objects_at,
+    present,
+    shown,
+    string_at,
+    wrong_type,
+)
 from bigtune.errors import DataError
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+__all__ = ["BadRow", "ReadCounts", "bad_row_error", "conversations_of", "read_conversations"]
 
-FORMATS = (
+CHUNK_BYTES = 1 << 20
+KNOWN = (
     "messages (list of role, content); conversations (list of from, value); instruction, input, "
-    "output or response; question, answer; prompt, completion; text"
+    "output or response; instruction, instances (list of input, output); question, answer; prompt, completion; text"
 )
-_BOM = b"\xef\xbb\xbf"
+
+Row = Mapping[str, Any]
+Turns = tuple[Message, ...]
 
 
 @dataclass
@@ -33,168 +50,224 @@ class ReadCounts:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
 
 
-class _BadRow(Exception):
-    """One row cannot be used. `reason` is what it is counted under, `detail` what its own message adds."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.detail = reason, detail
-
-
 def read_conversations(
     sources: Sequence[Source], on_bad_row: Literal["error", "skip"], counts: ReadCounts | None = None
 ) -> Iterator[Conversation]:
-    """The conversations of all sources, in their order. JSONL is streamed; an array is read at once.
+    """The conversations of all sources, in their order, read as they are asked for.
 
     Raises:
         DataError: a file cannot be read, or, unless bad rows are skipped, a row cannot be used.
     """
     counts = counts if counts is not None else ReadCounts()
-    for source in sources:
-        for number, raw in _raw_rows(source.path):
-            counts.rows += 1
-            try:
-                conversation = _conversation(raw, source.path, number)
-            except _BadRow as bad:
-                if on_bad_row == "error":
-                    raise DataError(
-                        f"{source.path}, row {number}: {bad.reason}{bad.detail}; "
-                        "mend the row, or set data.on_bad_row: skip"
-                    ) from None
-                counts.skip(bad.reason)
-            else:
-                yield conversation
+    files, _ = resolve_sources(sources)
+    for file in files:
+        for chunk in read_chunks(file, CHUNK_BYTES):
+            for row, value in rows_of(chunk):
+                counts.rows += 1
+                try:
+                    conversations = conversations_of(value, file.path, row, sources[file.source])
+                except BadRow as bad:
+                    if on_bad_row == "error":
+                        raise bad_row_error(file.path, row, bad) from None
+                    counts.skip(bad.reason)
+                else:
+                    yield from conversations
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
-    """The one line for a source that cannot be opened."""
-    if isinstance(error, FileNotFoundError):
-        return DataError(f"{path.absolute()}: no such file; correct the path under sources")
-    return DataError(f"{path.absolute()}: cannot be read ({error.strerror}); name a JSONL or JSON file")
+def bad_row_error(path: str, row: int, bad: BadRow) -> DataError:
+    return DataError(f"{path}, row {row}: {bad}; mend the row, or set data.on_bad_row: skip")
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Row numbers and rows: decoded JSON values, or the undecoded bytes of a line."""
-    try:
-        with path.open("rb") as file:
-            # The first non-blank character decides: an array, or one object a line.
-            first = next((line for line in file if line.removeprefix(_BOM).strip()), b"")
-            if not first.removeprefix(_BOM).lstrip().startswith(b"["):
-                file.seek(0)
-                for number, line in enumerate(file, start=1):
-                    line = line.removeprefix(_BOM) if number == 1 else line
-                    if line.strip():
-                        yield number, line
-                return
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: neither JSONL nor a whole JSON array ({error}); mend the file") from None
-    yield from enumerate(rows, start=1)
+def conversations_of(value: Any, file_path: str, row: int, source: Source) -> list[Conversation]:
+    """What one row of `rows_of` says: one conversation, or one for each instance of a Self-Instruct row.
+
+    Raises:
+        BadRow: the row cannot be used.
+    """
+    if isinstance(value, BadRow):
+        raise value
+    if isinstance(value, bytes):
+        value = decode_line(value)
+    if not isinstance(value, dict):
+        raise BadRow("not a JSON object", f" but {kind_of(value)}")
+    keys = present(_renamed(value, source.fields) if source.fields else value)
+    task, tags, name = _label(keys, "task"), _tags(keys), _label(keys, "id", number=True)
+    read = _reader_of(keys, value, source)
+    if read is _text:
+        text = string_at(keys, "text")
+        if not text.strip():
+            raise BadRow("empty text")
+        check_text(text)
+        return [Conversation((), file_path, row, text=text, task=task, tags=tags, id=name)]
+    tools = _tools(keys)
+    made = []
+    dialogues = read(keys, source)
+    for number, turns in enumerate(dialogues, start=1):
+        own = f"{name}/{number}" if name and len(dialogues) > 1 else name
+        messages = _with_system(keys, turns)
+        check_turns(messages)
+        made.append(Conversation(messages, file_path, row, tools=tools, task=task, tags=tags, id=own))
+    return made
 
 
-def _conversation(raw: Any, path: Path, number: int) -> Conversation:
-    row = _decode(raw) if isinstance(raw, bytes) else raw
-    if not isinstance(row, dict):
-        raise _BadRow("not a JSON object", f" but {_kind(row)}")
-    task = row.get("task")
-    tags = row.get("tags")
-    if task is not None and not isinstance(task, str):
-        raise _BadRow("wrong type of value", f": 'task' is {_kind(task)}, not a string")
-    if tags is not None and not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
-        raise _BadRow("wrong type of value", ": 'tags' is no list of strings")
-    messages = _messages(row)
-    text = "" if messages else _string(row, "text")
-    if not messages and not text.strip():
-        raise _BadRow("empty text")
-    _check_unicode(text, *(message.content for message in messages))
-    return Conversation(messages, path, number, text=text, task=task or "", tags=tuple(tags or ()))
+def _messages(row: Row, source: Source) -> list[Turns]:
+    return [_turns(objects_at(row, "messages"), source, ("role", "content"))]
 
 
-def _messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The turns of a row, checked; empty for raw text. `text` comes last: many chat rows carry it too."""
-    if "messages" in row:
-        messages = _turns(row, "messages", "role", "content")
-    elif "conversations" in row:
-        messages = _turns(row, "conversations", "from", "value")
-    elif "instruction" in row and ("output" in row or "response" in row):
-        messages = _alpaca(row)
-    elif "question" in row and "answer" in row:
-        messages = _pair(_string(row, "question"), _string(row, "answer"))
-    elif "prompt" in row and "completion" in row:
-        messages = _pair(_string(row, "prompt"), _string(row, "completion"))
-    elif "text" in row:
-        return ()
-    else:
-        keys = ", ".join(map(repr, row)) or "none"
-        raise _BadRow("unknown format", f" (keys: {keys}; known formats: {FORMATS})")
-    answers = [message.content for message in messages if message.role == "assistant"]
-    if not answers:
-        raise _BadRow("no assistant turn")
-    if not all(answer.strip() for answer in answers):
-        raise _BadRow("empty answer")
-    return messages
+def _sharegpt(row: Row, source: Source) -> list[Turns]:
+    return [_turns(objects_at(row, "conversations"), source, ("from", "value"))]
 
 
-def _alpaca(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    extra = _string(row, "input") if row.get("input") is not None else ""
-    instruction = _string(row, "instruction")
-    question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    return _pair(question, _string(row, "output" if "output" in row else "response"))
+def _self_instruct(row: Row, source: Source) -> list[Turns]:
+    instances = [present(instance) for instance in objects_at(row, "instances")]
+    if not instances:
+        raise BadRow("empty conversation", " (no instances)")
+    return [_pair(_question(row, instance), string_at(instance, "output")) for instance in instances]
 
 
-def _pair(question: str, answer: str) -> tuple[Message, ...]:
-    return Message("user", question), Message("assistant", answer)
+def _alpaca(row: Row, source: Source) -> list[Turns]:
+    earlier: list[Message] = []
+    for exchange in list_at(row, "history", "pairs of strings"):
+        if not (isinstance(exchange, list) and len(exchange) == 2 and all(isinstance(said, str) for said in exchange)):
+            raise BadRow("wrong type of value", ": 'history' is no list of pairs of strings")
+        earlier += _pair(*exchange)
+    answer = string_at(row, "output" if "output" in row else "response")
+    return [(*earlier, *_pair(_question(row, row), answer))]
 
 
-def _turns(row: Mapping[str, Any], key: str, role_key: str, content_key: str) -> tuple[Message, ...]:
-    turns = row[key]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise _BadRow("wrong type of value", f": '{key}' is no list of objects")
-    messages = []
+def _question_answer(row: Row, source: Source) -> list[Turns]:
+    return [_pair(string_at(row, "question"), string_at(row, "answer"))]
+
+
+def _prompt_completion(row: Row, source: Source) -> list[Turns]:
+    """Two texts or two lists of messages. A prompt is what is given: its own assistant turns are not learnt."""
+    turns: list[Message] = []
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        if isinstance(row[key], list):
+            part = _turns(objects_at(row, key), source, ("role", "content"))
+        else:
+            part = _said(role, string_at(row, key))
+        if key == "prompt":
+            part = tuple(_given(message) for message in part)
+        turns += part
+    return [tuple(turns)]
+
+
+def _text(row: Row, source: Source) -> list[Turns]:
+    return []
+
+
+# The keys that tell a format. `text` comes last: many chat rows carry it too.
+_READERS: tuple[tuple[Callable[[Row, Source], list[Turns]], frozenset[str]], ...] = (
+    (_messages, frozenset({"messages"})),
+    (_sharegpt, frozenset({"conversations"})),
+    (_self_instruct, frozenset({"instruction", "instances"})),
+    (_alpaca, frozenset({"instruction", "output"})),
+    (_alpaca, frozenset({"instruction", "response"})),
+    (_question_answer, frozenset({"question", "answer"})),
+    (_prompt_completion, frozenset({"prompt", "completion"})),
+    (_text, frozenset({"text"})),
+)
+
+
+def _reader_of(row: Row, original: Row, source: Source) -> Callable[[Row, Source], list[Turns]]:
+    found = [(read, keys) for read, keys in _READERS if keys <= row.keys()]
+    if not found:
+        keys = ", ".join(shown(key) for key in list(original)[:20]) or "none"
+        raise BadRow(
+            "unknown format",
+            f" (keys: {keys}; known formats: {KNOWN}; name other keys in the source's fields)",
+        )
+    if source.fields:  # a format that the run file speaks of comes before one that the row has keys of by chance
+        found.sort(key=lambda one: not (one[1] & source.fields.keys()))
+    return found[0][0]
+
+
+def _renamed(row: Row, fields: Mapping[str, str]) -> dict[str, Any]:
+    """The row under the known keys. A key that another name was given to is not seen under its own."""
+    own = {known: path for known, path in fields.items() if known not in TURN_KEYS}
+    taken = {path if path in row else path.split(".")[0] for path in own.values()}
+    renamed = {key: value for key, value in row.items() if key not in taken and key not in own}
+    return renamed | {known: _at_path(row, path) for known, path in own.items()}
+
+
+def _at_path(row: Any, path: str) -> Any:
+    """What a dotted path leads to, numbers counting from 0 in lists; None where it leads nowhere."""
+    if path in row:
+        return row[path]
+    for part in path.split("."):
+        if isinstance(row, dict):
+            row = row.get(part)
+        elif isinstance(row, list) and part.isdecimal() and int(part) < len(row):
+            row = row[int(part)]
+        else:
+            return None
+    return row
+
+
+def _turns(turns: Sequence[dict[str, Any]], source: Source, keys: tuple[str, str]) -> Turns:
+    """Messages of role and content or of from and value, whichever a turn has; `keys` are the format's own."""
+    roles = ROLES | source.roles
+    own = {known: path for known, path in source.fields.items() if known in TURN_KEYS}
+    other = ("role", "content") if keys == ("from", "value") else ("from", "value")
+    made = []
     for turn in turns:
-        role = _string(turn, role_key)
-        if role not in ROLES:
-            raise _BadRow("unknown role", f" '{role}' (known: {', '.join(ROLES)})")
-        messages.append(Message(ROLES[role], _string(turn, content_key)))
-    return tuple(messages)
+        if own:
+            turn = turn | {known: _at_path(turn, path) for known, path in own.items()}
+        has_other = turn.get(keys[0]) is None and turn.get(other[0]) is not None
+        made.append(message_of(turn, roles, other if has_other else keys))
+    return tuple(made)
 
 
-def _string(row: Mapping[str, Any], key: str) -> str:
-    value = row.get(key)
+def _pair(question: str, answer: str) -> Turns:
+    return *_said("user", question), *_said("assistant", answer)
+
+
+def _said(role: str, text: str) -> Turns:
+    check_text(text)
+    return (Message(role, text),)
+
+
+def _given(message: Message) -> Message:
+    if message.role != "assistant" or message.weight is not None:
+        return message
+    return Message(message.role, message.content, 0.0, message.extra)
+
+
+def _question(row: Row, instance: Row) -> str:
+    instruction = string_at(row, "instruction")
+    context = string_at(instance, "input") if "input" in instance else ""
+    return f"{instruction}\n\n{context}" if context.strip() else instruction
+
+
+def _with_system(row: Row, turns: Turns) -> Turns:
+    """A row's own `system` goes first."""
+    system = string_at(row, "system") if "system" in row else ""
+    return (*_said("system", system), *turns) if system.strip() else turns
+
+
+def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
+    """A list of objects, or JSON text of the list or of its objects, as tables hold them."""
+    tools = [decode_line(tool.encode()) if isinstance(tool, str) else tool for tool in list_at(row, "tools")]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("wrong type of value", ": 'tools' is no list of objects")
+    check_plain(tools, "tools")
+    return tuple(tools)
+
+
+def _label(row: Row, key: str, number: bool = False) -> str:
+    value = row.get(key, "")
+    if number and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     if not isinstance(value, str):
-        raise _BadRow("wrong type of value", f": '{key}' is {_kind(value)}, not a string")
+        raise wrong_type(key, value, "a string")
+    check_text(value)
     return value
 
 
-def _decode(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _BadRow("not UTF-8", f" (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise _BadRow("broken JSON", f" ({error.msg}, column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise _BadRow("broken JSON", f" ({error})") from None
-
-
-def _check_unicode(*texts: str) -> None:
-    """JSON can spell half a surrogate pair, which no tokenizer takes."""
-    try:
-        for text in texts:
-            text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _BadRow("broken Unicode", " (a lone surrogate, \\ud800 to \\udfff)") from None
-
-
-def _kind(value: Any) -> str:
-    """The JSON name of a value's type; a missing key reads as null."""
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        type(None): "missing or null",
-    }
-    return names.get(type(value), "a number")
+def _tags(row: Row) -> tuple[str, ...]:
+    tags = list_at(row, "tags", "strings")
+    if not all(isinstance(tag, str) for tag in tags):
+        raise BadRow("wrong type of value", ": 'tags' is no list of strings")
+    check_text(*tags)
+    return tuple(tags)

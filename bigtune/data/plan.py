@@ -1,11 +1,22 @@
-"""Which documents share a row: best-fit decreasing packing, new in every epoch, known from lengths alone."""
+"""Which documents share a row: tight packing, new in every epoch, known from lengths alone.
 
+    lengths ──count──▶ documents of each length ──patterns──▶ rows of lengths ──deal out──▶ rows of documents
+
+Packing sees how many documents have which length and no document by itself: a pattern, such as "one of 1,500
+tokens and two of 274", is found once and used for as many rows as the counts allow. The Python steps therefore
+grow with the number of different lengths, not with that of documents (Krell et al. 2021, arXiv:2107.02027).
+"""
+
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from bigtune.errors import DataError
+
+SEARCH_BITS = 2**20
+"""How many bits of reachable room one search for a pattern touches: some 30 microseconds of work."""
 
 
 @dataclass(frozen=True)
@@ -28,54 +39,128 @@ class Plan:
         return float(lengths.sum(dtype=np.int64)) / max(self.rows * sequence_length, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """`rows` rows that are filled alike, each with `documents[n]` documents of n tokens."""
+
+    documents: dict[int, int]
+    rows: int
+
+
 def plan_rows(lengths: npt.NDArray[np.integer], sequence_length: int, seed: int, epoch: int) -> Plan:
     """Pack documents of `lengths` [N] into rows of at most `sequence_length` tokens.
 
     The same arguments give the same plan. Documents of one length are interchangeable to the packing, so
-    that the number of rows, unlike the rows, is the same in every epoch.
+    that the number of rows, unlike the rows, is the same in every epoch. Takes at most 40 bytes a document,
+    the plan's own 8 included.
 
     Raises:
-        DataError: a document is longer than a row.
+        DataError: a document is longer than a row, or has no tokens.
     """
-    if len(lengths) and int(lengths.max()) > sequence_length:
-        longest = int(lengths.argmax())
+    _check(lengths, sequence_length)
+    random = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
+    counts = np.bincount(lengths, minlength=sequence_length + 1) if len(lengths) else np.zeros(1, dtype=np.int64)
+    patterns = row_patterns(counts, sequence_length)
+    sizes = [sum(pattern.documents.values()) for pattern in patterns]
+    # Rows in the order of their patterns stand by length: `place` shuffles them.
+    place = random.permutation(sum(pattern.rows for pattern in patterns))
+    offsets = np.zeros(len(place) + 1, dtype=np.int64)
+    offsets[place + 1] = np.repeat(sizes, [pattern.rows for pattern in patterns])
+    np.cumsum(offsets, out=offsets)
+
+    by_length, ends = _shuffled_by_length(lengths, counts, random), np.cumsum(counts)
+    unused = (ends - counts).tolist()  # where the first document of each length stands that no row has yet
+    documents = np.empty(len(lengths), dtype=np.int64)
+    row = 0
+    for pattern, size in zip(patterns, sizes, strict=True):
+        parts = []
+        for length, copies in pattern.documents.items():
+            start = unused[length]
+            unused[length] = end = start + pattern.rows * copies
+            parts.append(by_length[start:end].reshape(pattern.rows, copies))
+        starts = offsets[place[row : row + pattern.rows]]
+        documents[starts[:, None] + np.arange(size)] = random.permuted(np.concatenate(parts, axis=1), axis=1)
+        row += pattern.rows
+    return Plan(documents, offsets)
+
+
+def _check(lengths: npt.NDArray[np.integer], sequence_length: int) -> None:
+    if not len(lengths):
+        return
+    longest, shortest = int(lengths.argmax()), int(lengths.argmin())
+    if lengths[longest] > sequence_length:
         raise DataError(
             f"document {longest} of the store has {int(lengths[longest]):,} tokens, more than "
             f"data.sequence_length {sequence_length:,}; run `bigtune prepare RUN.yaml` again"
         )
-    random = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
-    shuffled = random.permutation(len(lengths))
-    order = shuffled[np.argsort(-lengths[shuffled].astype(np.int64), kind="stable")]
-    row_of, rows = _best_fit(lengths[order].tolist(), sequence_length)
-    row = random.permutation(rows)[np.array(row_of, dtype=np.int64)]
-    by_row = np.lexsort((random.permutation(len(lengths)), row))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))]).astype(np.int64)
-    return Plan(order[by_row].astype(np.int64), offsets)
+    if lengths[shortest] < 1:
+        raise DataError(f"document {shortest} of the store has no tokens; run `bigtune prepare RUN.yaml` again")
 
 
-def _best_fit(lengths: list[int], room: int) -> tuple[list[int], int]:
-    """The row of each length, given in decreasing order, and the number of rows.
+def _shuffled_by_length(
+    lengths: npt.NDArray[np.integer], counts: npt.NDArray[np.int64], random: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """All documents by rising length, those of one length in random order."""
+    # NumPy sorts 16 bits by radix, three times as fast as more.
+    order = np.argsort(lengths.astype(np.uint16 if len(counts) <= 2**16 else np.uint32), kind="stable")
+    start = 0
+    for end in np.cumsum(counts[counts > 0]).tolist():
+        random.shuffle(order[start:end])
+        start = end
+    return order
 
-    Bit r of `open_rooms` says that a row with r tokens of room is open: the lowest bit at or above a length
-    is the tightest fit, found by integer arithmetic in constant time.
+
+def row_patterns(counts: npt.NDArray[np.int64], sequence_length: int) -> list[Pattern]:
+    """Pack `counts[n]` documents of n tokens, for each n, into few rows.
+
+    A row begins with the longest document that is left and is then filled by the set of others that leaves the
+    least room, found by dynamic programming (the MBS' heuristic: Fleszar and Hindi, 2002, Computers & Operations
+    Research 29). Of sets that are as good, long documents come first: short ones, which fit anywhere, are kept
+    for the end. No document that a later row holds would fit into an earlier one.
     """
-    row_of: list[int] = []
-    rows = 0
-    open_rooms = 0
-    rows_with: list[list[int]] = [[] for _ in range(room + 1)]
-    for length in lengths:
-        fitting = open_rooms >> length
-        if fitting:
-            left = (fitting & -fitting).bit_length() - 1
-            stack = rows_with[length + left]
-            row = stack.pop()
-            if not stack:
-                open_rooms ^= 1 << (length + left)
-        else:
-            row, left = rows, room - length
-            rows += 1
-        if left:
-            rows_with[left].append(row)
-            open_rooms |= 1 << left
-        row_of.append(row)
-    return row_of, rows
+    left: list[int] = counts.tolist()
+    lengths: list[int] = np.flatnonzero(counts).tolist()  # those that are left, rising
+    patterns = []
+    while lengths:
+        documents = {lengths[-1]: 1}
+        room = sequence_length - lengths[-1]
+        while room and (more := _fill(room, lengths, left, documents)):
+            for length, copies in more.items():
+                documents[length] = documents.get(length, 0) + copies
+                room -= length * copies
+        rows = min(left[length] // copies for length, copies in documents.items())
+        for length, copies in documents.items():
+            left[length] -= rows * copies
+            if not left[length]:
+                del lengths[bisect_left(lengths, length)]
+        patterns.append(Pattern(documents, rows))
+    return patterns
+
+
+def _fill(room: int, lengths: list[int], left: list[int], taken: dict[int, int]) -> dict[int, int]:
+    """Documents that leave the least of `room`, as length → number; none if nothing fits.
+
+    Bit r of `reach` says that r tokens of room can remain; taking a document shifts the bits down by its length.
+    Lengths are tried from the longest that fits, until the room is filled exactly or SEARCH_BITS are spent.
+    """
+    steps: list[tuple[int, int, int]] = []  # bits before, length, number of documents
+    most_steps = max(16, SEARCH_BITS // room)
+    reach = 1 << room
+    for at in range(bisect_right(lengths, room) - 1, -1, -1):
+        length = lengths[at]
+        # Any number of the documents of this length, as sums of 1, 2, 4, … and a rest of them.
+        free, part = min(left[length] - taken.get(length, 0), room // length), 1
+        while free > 0 and not reach & 1:
+            copies = min(part, free)
+            steps.append((reach, length, copies))
+            reach |= reach >> (length * copies)
+            free, part = free - copies, 2 * part
+        if reach & 1 or len(steps) >= most_steps:
+            break
+    rest = (reach & -reach).bit_length() - 1
+    chosen: dict[int, int] = {}
+    for before, length, copies in reversed(steps):
+        if not before >> rest & 1:  # not reached without these
+            chosen[length] = chosen.get(length, 0) + copies
+            rest += length * copies
+    return chosen

@@ -1,25 +1,53 @@
-"""Raw files → document store, once: a store that already holds these documents is left as it is.
+"""Raw files → document store: in parallel, bounded in memory, and never the same work twice.
 
-Several ranks may call `prepare` at once; the first one works and the others wait for it. To find a store
-current takes hashing files only: neither transformers nor the documents are loaded.
+    sources ──chunks──▶ worker processes ──▶ parts ──choose──▶ manifest
+                                              ▲ made already? then left as they are
+
+A part is named by the contents of its file, the tokenizer, the template and the options. So a call that was
+killed goes on where it ended, a new file costs its own work alone, and the same inputs give the same bytes
+whatever the number of processes. To find a store current takes hashing files, or their sizes and times only.
 """
 
 import hashlib
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import json
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from bigtune.config import Data, Source
-from bigtune.data.chat import DEFAULT_TEMPLATE, ChatFormat, Encoded, load_tokenizer
-from bigtune.data.conversation import Conversation
-from bigtune.data.formats import ReadCounts, read_conversations, unreadable
-from bigtune.data.store import VERSION, Manifest, StoreWriter, read_manifest, writing
-from bigtune.errors import DataError, ModelError
-
-BATCH = 1000  # conversations tokenised at once
+from bigtune.data.chat import ChatFormat, load_tokenizer
+from bigtune.data.choose import Choice, choose
+from bigtune.data.features import feature_identity
+from bigtune.data.files import read_chunks
+from bigtune.data.formats import read_conversations
+from bigtune.data.holdout import bound, held_out_rows
+from bigtune.data.overlap import Overlap
+from bigtune.data.parts import Recipe, make_part
+from bigtune.data.pool import open_pool, result_of
+from bigtune.data.sources import SourceFile, UnreadableFile, hash_of, resolve_sources, stat_of
+from bigtune.data.store import (
+    PARTS,
+    VERSION,
+    Columns,
+    Manifest,
+    PartCounts,
+    SourceCounts,
+    read_manifest,
+    read_part_counts,
+    write_store,
+    writing,
+)
+from bigtune.data.template import DEFAULT_TEMPLATE, TEMPLATES
+from bigtune.errors import ConfigError, DataError, ModelError
 
 # Whatever of a model folder decides on the token ids.
 TOKENIZER_INPUTS = (
@@ -37,193 +65,353 @@ TOKENIZER_INPUTS = (
     "merges.txt",
 )
 
+CHUNK_BYTES = (2**18, 2**24)
+"""Of a chunk, at least and at most; in between a 32nd of its file, so that small files keep many cores busy too."""
+
+SMALL_BYTES = 2**20
+"""Sources that are smaller together are tokenised in this process, before another one would have started."""
+
+UNREADABLE = "unreadable file"
+
+RACY_SECONDS = 2.0
+"""A file changed so shortly before it was hashed may change again within the same tick of its clock."""
+
 Progress = Callable[[int, int | None], None]
 
 
+@dataclass(frozen=True)
+class _File:
+    """A source file with its contents' hash; empty where it cannot be read and that is to be skipped."""
+
+    file: SourceFile
+    hash: str
+    stat: list[int] | None  # None where it may not be trusted the next time
+    bytes: int
+
+    @property
+    def chunk_bytes(self) -> int:
+        low, high = CHUNK_BYTES
+        return min(max(self.bytes // 32, low), high)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Everything that the documents are made from."""
+
+    files: tuple[_File, ...]
+    ignored: tuple[str, ...]
+    recipe: str  # what else decides on the parts, as a hash
+    fingerprint: str
+
+
 def prepare(
-    data: Data, model_path: Path, store_path: Path, progress: Progress | None = None, keep: str | None = None
+    data: Data,
+    model_path: Path,
+    store_path: Path,
+    progress: Progress | None = None,
+    keep: str | None = None,
+    held_out: Sequence[Source] = (),
+    check: bool = True,
 ) -> Manifest:
     """Make the store at `store_path` hold the documents of `data`. `progress` gets (rows read, None).
 
     Args:
         keep: the fingerprint of documents that a checkpoint goes on with; a store of them is not replaced.
+        held_out: sources of held-out rows, which `data.clean.decontaminate` compares with.
+        check: refuse documents of which next to nothing is supervised; their store is made all the same.
 
     Raises:
-        DataError: a source cannot be read, a row cannot be used, nothing is left to train on, or the store
-            to keep is of other sources.
+        DataError: a source cannot be read, a row cannot be used, next to nothing is left to train on, or the
+            store to keep is of other sources.
         ModelError: the model folder or its tokenizer is missing or broken.
     """
-    inputs = _hash_inputs(data, model_path)
-    current = _current(data, inputs, store_path)  # before the lock, so that ranks need not queue
-    if current is not None:
-        return current
+    manifest = _prepared(data, model_path, store_path, progress, keep, held_out)
+    if check:
+        require_supervised(manifest, data)
+    return manifest
+
+
+def _prepared(
+    data: Data,
+    model_path: Path,
+    store_path: Path,
+    progress: Progress | None,
+    keep: str | None,
+    held_out: Sequence[Source],
+) -> Manifest:
+    before = _manifest_or_none(store_path)
+    inputs = _inputs(data, model_path, held_out, before)
+    if before is not None and before.fingerprint == inputs.fingerprint:
+        return before  # before the lock, so that ranks need not queue
     with writing(store_path):
         store_path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(store_path.parent / f"{store_path.name}.lock")
         lock.acquire()
     try:
-        current = _current(data, inputs, store_path)
-        if current is not None:
-            return current
-        _refuse_to_replace(store_path, keep)
-        return _write(data, inputs, model_path, store_path, progress)
+        before = _manifest_or_none(store_path)
+        if before is not None and before.fingerprint == inputs.fingerprint:
+            return before
+        _refuse_to_replace(store_path, before, keep)
+        return _make(data, inputs, model_path, store_path, progress, held_out)
     finally:
         lock.release()
 
 
-def _write(data: Data, inputs: str, model_path: Path, store_path: Path, progress: Progress | None) -> Manifest:
-    chat = ChatFormat.of(load_tokenizer(model_path))
-    counts, cutter = ReadCounts(), _Cutter(data)
-    tokens = supervised = documents = conversations = highest = 0
-    with StoreWriter(store_path) as writer:
-        for batch in _batches(read_conversations(data.sources, data.on_bad_row, counts)):
-            kept = [
-                (whole, conversation)
-                for encoded, conversation in _encode(chat, batch, data.on_bad_row, counts)
-                if (whole := cutter.fit(encoded, conversation)) is not None
-            ]
-            if kept:
-                writer.add([document for document, _ in kept], [conversation for _, conversation in kept])
-            documents += len(kept)
-            conversations += sum(bool(conversation.messages) for _, conversation in kept)
-            tokens += sum(len(document.input_ids) for document, _ in kept)
-            supervised += sum(document.supervised for document, _ in kept)
-            highest = max([highest, *(int(document.input_ids.max()) for document, _ in kept)])
-            if progress is not None:
-                progress(counts.rows, None)
-        manifest = Manifest(
-            fingerprint=_fingerprint(inputs, data.sequence_length, cutter.longest),
-            inputs=inputs,
-            sequence_length=data.sequence_length,
-            rows=counts.rows,
-            documents=documents,
-            conversations=conversations,
-            tokens=tokens,
-            supervised_tokens=supervised,
-            longest_tokens=cutter.longest,
-            truncated=cutter.truncated,
-            dropped=dict(cutter.dropped),
-            skipped=counts.skipped,
-            highest_token=highest,
-            template="default" if chat.is_default else "model",
-        )
-        _require_documents(manifest, data.sources)
-        return writer.finish(manifest)
+def recipe_of(data: Data, model_path: Path, held_out: Sequence[Source]) -> Recipe:
+    """All that decides what a row becomes.
+
+    Raises:
+        ModelError: the tokenizer is missing or broken.
+        DataError: a held-out source cannot be read.
+    """
+    chat = ChatFormat.of(load_tokenizer(model_path), data.chat_template, data.supervise, data.special_tokens)
+    return Recipe(chat, data.sources, data.clean, _overlap(data, held_out))
 
 
-def _require_documents(manifest: Manifest, sources: Sequence[Source]) -> None:
-    if manifest.supervised_tokens:
+def _make(
+    data: Data,
+    inputs: _Inputs,
+    model_path: Path,
+    store_path: Path,
+    progress: Progress | None,
+    held_out: Sequence[Source],
+) -> Manifest:
+    with writing(store_path):
+        (store_path / PARTS).mkdir(parents=True, exist_ok=True)
+    recipe = recipe_of(data, model_path, held_out)
+    made = [_Made(file) for file in inputs.files]
+    rows = 0
+    for of, name, counts in _make_parts(data, inputs, recipe, store_path / PARTS, made):
+        if counts.bad and data.on_bad_row == "error":
+            row, _, told = counts.bad[0]
+            raise DataError(f"{of.file.file.path}, row {row}: {told}; mend the row, or set data.on_bad_row: skip")
+        of.parts[name] = counts
+        rows += counts.rows
+        if progress is not None:
+            progress(rows, None)
+    _refuse_changed(inputs)
+    columns = Columns([store_path / PARTS / f"{name}.arrow" for of in made for name in of.parts])
+    choice = choose(columns, data.clean, data.holdout)
+    manifest = _manifest(data, inputs, recipe.chat, made, columns, choice)
+    write_store(store_path, manifest, choice.chosen, _removed(made, columns, choice))
+    return manifest
+
+
+@dataclass
+class _Made:
+    """What became of one file: its parts in their order, and why it could not be read to its end, if so."""
+
+    file: _File
+    parts: dict[str, PartCounts] = field(default_factory=dict)
+    unreadable: str = ""
+
+
+def _make_parts(
+    data: Data, inputs: _Inputs, recipe: Recipe, folder: Path, made: Sequence[_Made]
+) -> Iterator[tuple[_Made, str, PartCounts]]:
+    """Parts in their order; those that are not there yet are made by worker processes."""
+    small = sum(file.bytes for file in inputs.files) < SMALL_BYTES
+    workers = 0 if small else data.workers or len(os.sched_getaffinity(0))
+    waiting: deque[tuple[_Made, str, PartCounts | Future[PartCounts]]] = deque()
+
+    def next_done() -> tuple[_Made, str, PartCounts]:
+        of, name, counts = waiting.popleft()
+        return of, name, counts if isinstance(counts, PartCounts) else result_of(counts)
+
+    with open_pool(workers, recipe) as pool:
+        for of in made:
+            key = _part_key(of.file, data, inputs.recipe)
+            try:
+                for chunk in read_chunks(of.file.file, of.file.chunk_bytes):
+                    name = f"{key}-{chunk.index:05d}"
+                    counts = read_part_counts(folder / name)
+                    waiting.append((of, name, counts or pool.submit(make_part, chunk, folder / name)))
+                    while len(waiting) > 2 * max(1, workers):
+                        yield next_done()
+            except UnreadableFile as error:
+                if data.on_bad_row == "error":
+                    raise
+                of.unreadable = str(error)
+        while waiting:
+            yield next_done()
+
+
+def _manifest(
+    data: Data, inputs: _Inputs, chat: ChatFormat, made: Sequence[_Made], columns: Columns, choice: Choice
+) -> Manifest:
+    parts = [counts for of in made for counts in of.parts.values()]
+    skipped = Counter(reason for counts in parts for _, reason, _ in counts.bad)
+    skipped[UNREADABLE] += sum(bool(of.unreadable) for of in made)
+    lengths, supervised = columns.lengths()[choice.chosen], columns.numbers("supervised")[choice.chosen]
+    source_of_part = np.array([of.file.file.source for of in made for _ in of.parts], dtype=np.int64)
+    source = source_of_part[columns.parts_of(choice.chosen)]
+    return Manifest(
+        fingerprint=inputs.fingerprint,
+        files=[
+            {"source": of.file.file.source, "path": of.file.file.path, "hash": of.file.hash, "stat": of.file.stat,
+             "parts": list(of.parts)}
+            for of in made
+        ],
+        sources=[
+            SourceCounts(
+                name=named.name,
+                rows=sum(c.rows for of in made if of.file.file.source == i for c in of.parts.values()),
+                documents=int((source == i).sum()),
+                tokens=int(lengths[source == i].sum(dtype=np.int64)),
+                supervised_tokens=int(supervised[source == i].sum(dtype=np.int64)),
+            )
+            for i, named in enumerate(data.sources)
+        ],
+        rows=sum(counts.rows for counts in parts),
+        documents=len(choice.chosen),
+        conversations=sum(counts.conversations for counts in parts),
+        tokens=int(lengths.sum(dtype=np.int64)),
+        supervised_tokens=int(supervised.sum(dtype=np.int64)),
+        longest_tokens=int(lengths.max(initial=0)),
+        highest_token=max((counts.highest_token for counts in parts), default=0),
+        template=chat.name,
+        template_text=chat.template,
+        skipped={reason: count for reason, count in skipped.items() if count},
+        removed=dict(choice.counts),
+        held_out=choice.held_out,
+        held_out_below=choice.held_out_below,
+        split_rows=sum(counts.split_rows for counts in parts),
+        duplicate_ids=choice.duplicate_ids,
+        ignored_files=list(inputs.ignored),
+    )  # fmt: skip
+
+
+def _removed(made: Sequence[_Made], columns: Columns, choice: Choice) -> Iterator[dict[str, Any]]:
+    """A line for each row that is not trained on: where it is, why, and what row it repeats."""
+    paths = [of.file.file.path for of in made for _ in of.parts]
+
+    def where(position: int) -> dict[str, Any]:
+        return {"file": paths[columns.place(position)[0]], "row": columns.row(position)}
+
+    for of in made:
+        for counts in of.parts.values():
+            for row, reason, told in counts.bad:
+                yield {"file": of.file.file.path, "row": row, "reason": reason, "told": told}
+        if of.unreadable:
+            yield {"file": of.file.file.path, "reason": UNREADABLE, "told": of.unreadable}
+    for position, reason, like in choice.removed:
+        yield {**where(position), "reason": reason, **({} if like is None else {"like": where(like)})}
+
+
+def require_supervised(manifest: Manifest, data: Data) -> None:
+    """Refuse a run that has nothing, or next to nothing, to learn.
+
+    Raises:
+        DataError: the share of supervised tokens is below `data.min_supervised`; the message says what was lost.
+    """
+    share = manifest.supervised_tokens / max(manifest.tokens, 1)
+    if manifest.supervised_tokens and share >= data.min_supervised:
         return
-    losses = {**manifest.skipped, **manifest.dropped}
+    losses = {**manifest.skipped, **manifest.removed}
+    if manifest.held_out:
+        losses["held out"] = manifest.held_out
     why = "; ".join(f"{count:,} × {reason}" for reason, count in losses.items()) or "the files are empty"
-    names = ", ".join(str(source.path) for source in sources)
+    names = ", ".join(source.name for source in data.sources)
+    if not manifest.supervised_tokens:
+        raise DataError(
+            f"{names}: nothing to train on is left of {manifest.rows:,} rows ({why}); mend the rows or data"
+        )
     raise DataError(
-        f"{names}: nothing to train on is left of {manifest.rows:,} rows ({why}); "
-        "mend the rows, or raise data.sequence_length if they are too long"
+        f"{names}: only {manifest.supervised_tokens:,} of {manifest.tokens:,} tokens ({share:.3%}) are supervised, less "
+        f"than data.min_supervised ({data.min_supervised:.3%}); see `bigtune inspect`, or lower it if that is meant"
     )
 
 
-def _encode(
-    chat: ChatFormat, batch: list[Conversation], on_bad_row: str, counts: ReadCounts
-) -> Iterator[tuple[Encoded, Conversation]]:
-    """Encoded conversations; those that the template refuses count as bad rows."""
-    try:
-        yield from zip(chat.encode(batch), batch, strict=True)
-    except DataError:
-        if on_bad_row == "error":
-            raise
-        for conversation in batch:
-            try:
-                encoded = chat.encode([conversation])[0]
-            except DataError:
-                counts.skip("refused by the chat template")
-            else:
-                yield encoded, conversation
-
-
-class _Cutter:
-    """Applies on_long_document and counts what it did."""
-
-    def __init__(self, data: Data) -> None:
-        self.limit, self.action = data.sequence_length, data.on_long_document
-        self.longest = self.truncated = 0
-        self.dropped: Counter[str] = Counter()
-
-    def fit(self, document: Encoded, conversation: Conversation) -> Encoded | None:
-        """The document as it is stored, or None if it is not."""
-        length = len(document.input_ids)
-        self.longest = max(self.longest, length)
-        if length > self.limit:
-            if self.action == "error":
-                raise DataError(
-                    f"{conversation.where}: {length:,} tokens, more than data.sequence_length {self.limit:,};"
-                    " raise it, or set data.on_long_document: drop or truncate"
-                )
-            if self.action == "drop":
-                self.dropped[f"longer than {self.limit:,} tokens"] += 1
-                return None
-            spans = document.spans.clip(max=self.limit)
-            document = Encoded(document.input_ids[: self.limit], spans[spans[:, 0] < spans[:, 1]])
-        if not document.supervised:
-            self.dropped["no answer left after truncation" if length > self.limit else "no answer"] += 1
-            return None
-        self.truncated += length > self.limit
-        return document
-
-
-def _batches(conversations: Iterator[Conversation]) -> Iterator[list[Conversation]]:
-    while batch := list(itertools.islice(conversations, BATCH)):
-        yield batch
-
-
-def _current(data: Data, inputs: str, store_path: Path) -> Manifest | None:
-    """The manifest of the store if it holds these documents already.
-
-    The sequence length matters only where a document is longer than the old one or the new one.
-    """
-    try:
-        manifest = read_manifest(store_path)
-    except DataError:
-        return None
-    none_is_long = manifest.longest_tokens <= min(manifest.sequence_length, data.sequence_length)
-    same = manifest.inputs == inputs and (manifest.sequence_length == data.sequence_length or none_is_long)
-    return manifest if same else None
-
-
-def _refuse_to_replace(store_path: Path, keep: str | None) -> None:
-    try:
-        stored = read_manifest(store_path).fingerprint
-    except DataError:
-        return
-    if keep is not None and stored == keep:
+def _refuse_to_replace(store_path: Path, before: Manifest | None, keep: str | None) -> None:
+    if before is not None and keep is not None and before.fingerprint == keep:
         raise DataError(
             f"{store_path}: a source or the tokenizer changed since this run was started; change it back to go on "
-            "with the run, or start a new one with another output"
+            "with the run, start a new one with another output, or go on with --new-data from the next epoch on"
         )
 
 
-def _fingerprint(inputs: str, sequence_length: int, longest: int) -> str:
-    cut_at = sequence_length if longest > sequence_length else None
-    return hashlib.sha256(f"{inputs} {cut_at}".encode()).hexdigest()
+def _refuse_changed(inputs: _Inputs) -> None:
+    for file in inputs.files:
+        if file.stat is not None and stat_of(file.file) != file.stat:
+            raise DataError(f"{file.file.path}: changed while it was read; run the command again when it is whole")
 
 
-def _hash_inputs(data: Data, model_path: Path) -> str:
-    """Hash of contents, not of paths or times: a moved or copied file stays the same file."""
+def _overlap(data: Data, held_out: Sequence[Source]) -> Overlap | None:
+    """The words in a row that no training row may share: those of held-out sources, and of rows held out here."""
+    if not data.clean.decontaminate:
+        return None
+    content = np.empty(0, np.uint64)
+    if isinstance(data.holdout, int):
+        hashes = (row.content_hash for row in read_conversations(data.sources, data.on_bad_row))
+        content = np.fromiter(hashes, np.uint64)
+    below = bound(data.holdout, content)
+    rows = [read_conversations(held_out, data.on_bad_row), held_out_rows(data, below) if below else ()]
+    return Overlap.of(itertools.chain(*rows), data.clean.decontaminate)
+
+
+def _manifest_or_none(store_path: Path) -> Manifest | None:
+    try:
+        return read_manifest(store_path)
+    except DataError:
+        return None
+
+
+def _inputs(data: Data, model_path: Path, held_out: Sequence[Source], before: Manifest | None) -> _Inputs:
+    """Hashes of contents, not of paths or times: a moved or copied file stays the same file."""
     if not model_path.is_dir():
         raise ModelError(f"{model_path.absolute()}: no such model folder; correct model.path")
-    total = hashlib.sha256()
-    facts = [f"store {VERSION}", DEFAULT_TEMPLATE, data.on_bad_row, data.on_long_document]
-    for source in data.sources:
-        try:
-            facts.append(f"source {_hash_file(source.path)}")
-        except OSError as error:
-            raise unreadable(source.path, error) from None
-    for name in TOKENIZER_INPUTS:
-        if (model_path / name).is_file():
-            facts.append(f"{name} {_hash_file(model_path / name)}")
-    for fact in facts:
-        total.update(f"{len(fact)} {fact}\n".encode())
-    return total.hexdigest()
+    if data.clean.decontaminate and not held_out and data.holdout is None:
+        raise ConfigError(
+            "'data.clean.decontaminate' compares with held-out rows: give evaluate.sources or data.holdout"
+        )
+    files, ignored = resolve_sources(data.sources)
+    known = {file["path"]: (file["stat"], file["hash"]) for file in before.files} if before else {}
+    hashed = tuple(_hashed(file, known, data.on_bad_row == "skip") for file in files)
+    tokenizer = [
+        f"{name} {_hash_file(model_path / name)}" for name in TOKENIZER_INPUTS if (model_path / name).is_file()
+    ]
+    facts = [f"store {VERSION}", *tokenizer, _template(data.chat_template)]
+    facts += [data.supervise, data.special_tokens, feature_identity(data.clean, None)]
+    if data.clean.decontaminate:
+        facts += [data.holdout, *(hash_of(file) for file in resolve_sources(held_out)[0])]
+        facts += [file.hash for file in hashed] if data.holdout else []
+    recipe = _hash(facts)
+    keys = [_part_key(file, data, recipe) if file.hash else file.file.path for file in hashed]
+    sources = [file.file.source for file in hashed]
+    fingerprint = _hash([recipe, keys, sources, data.clean.model_dump(mode="json"), data.holdout])
+    return _Inputs(hashed, tuple(ignored), recipe, fingerprint)
+
+
+def _template(choice: str | None) -> list[str]:
+    """What the run file says of the template, as text; whether that is a template is seen when it is used."""
+    if choice is None:
+        return ["model", DEFAULT_TEMPLATE]
+    named = [path for path in (TEMPLATES / f"{choice}.jinja", Path(choice)) if path.is_file()]
+    return [choice, named[0].read_text(encoding="utf-8", errors="replace") if named else ""]
+
+
+def _hashed(file: SourceFile, known: Mapping[str, tuple[Any, str]], skip: bool) -> _File:
+    try:
+        stat = stat_of(file)
+        if stat is None:  # a data set by name
+            return _File(file, hash_of(file), None, 32 * CHUNK_BYTES[1])
+        if known.get(file.path, (None, ""))[0] == stat:
+            return _File(file, known[file.path][1], stat, stat[0])
+        racy = time.time() - stat[1] / 1e9 < RACY_SECONDS
+        return _File(file, hash_of(file), None if racy else stat, stat[0])
+    except UnreadableFile:
+        if not skip:
+            raise
+        return _File(file, "", None, 0)
+
+
+def _part_key(file: _File, data: Data, recipe: str) -> str:
+    source = data.sources[file.file.source]
+    return _hash([recipe, file.hash, file.file.kind, file.chunk_bytes, source.fields, source.roles])[:16]
+
+
+def _hash(facts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_file(path: Path) -> str:

@@ -1,129 +1,143 @@
-"""The document store: a folder with `documents.arrow` (an Arrow IPC stream) and `manifest.json`.
+"""The document store: token ids of every document, in Arrow files that are mapped and never copied.
 
-The manifest is written last and removed first, so that a store without one is no store: a writer that is
-killed leaves nothing that looks whole. `datasets.Dataset.from_file` reads the Arrow file as well.
+    data/
+      manifest.json             what the store holds and what it was made from; written last, removed first
+      parts/KEY-00000.arrow     one a chunk of a source file: an Arrow IPC stream of `SCHEMA` and features
+      parts/KEY-00000.json      what was counted on the way; a part without it is not whole
+      chosen.npy                the documents that are trained on, as positions in all parts, int64 [N]
+      removed.jsonl             the rows that are not, each with its reason
+      state.json, dataset_info.json   so that `datasets.load_from_disk` reads the folder as well
+
+A part is named by everything that it was made from, so that it is made once, by whichever call gets to it.
 """
 
 import dataclasses
+import io
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from bigtune.data.chat import Encoded
-from bigtune.data.conversation import Conversation
 from bigtune.errors import DataError
 
-VERSION = 1  # of the files; part of the fingerprint
-DOCUMENTS, MANIFEST = "documents.arrow", "manifest.json"
+VERSION = 2  # of the files; part of every part's name
+MANIFEST, CHOSEN, REMOVED, PARTS = "manifest.json", "chosen.npy", "removed.jsonl", "parts"
 
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
-        ("spans", pa.list_(pa.int32())),  # flattened pairs
-        ("source", pa.string()),
+        ("spans", pa.list_(pa.int32())),  # supervised ranges, flattened pairs
+        ("weights", pa.list_(pa.float32())),  # one a span
+        ("supervised", pa.int32()),
         ("row", pa.int64()),
+        ("part", pa.int16()),  # of the documents that one row gives, from 0
+        ("content", pa.uint64()),  # hash of what the row says
+        ("id", pa.uint64()),  # hash of the row's own id, 0 for none
     ]
 )
+
+
+LISTS = ("input_ids", "spans", "weights")
+
+
+@dataclass(frozen=True)
+class Document:
+    """`input_ids` int32 [n], `spans` int32 [k, 2], `weights` float32 [k]: read-only views of a mapped file."""
+
+    input_ids: npt.NDArray[np.int32]
+    spans: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+
+    def piece(self, start: int, length: int) -> "Document":
+        """The tokens from `start` on, with what is supervised among them: not the first, which nothing predicts."""
+        spans = (self.spans - start).clip(1, length)
+        kept = spans[:, 0] < spans[:, 1]
+        return Document(self.input_ids[start : start + length], spans[kept], self.weights[kept])
+
+
+@dataclass(frozen=True)
+class PartCounts:
+    """What one part's rows became. `bad` rows are (row, reason, what to tell the user)."""
+
+    rows: int = 0
+    documents: int = 0
+    conversations: int = 0  # documents that the chat template was used for; the others are raw text
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest_tokens: int = 0
+    highest_token: int = 0
+    split_rows: int = 0  # rows of several documents, because the template rewrites earlier turns
+    bad: list[tuple[int, str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """One source's share of the documents that are trained on."""
+
+    name: str
+    rows: int
+    documents: int
+    tokens: int
+    supervised_tokens: int
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What a store holds and what it was made from. Counts of rows and documents are by reason."""
 
-    fingerprint: str  # of the documents: equal fingerprints, equal documents
-    inputs: str  # hash of everything that they were made from, but for the sequence length
-    sequence_length: int
+    fingerprint: str  # of the documents that are trained on: equal fingerprints, equal documents
+    files: list[dict[str, Any]]  # source, path, hash, stat, and the names of its parts
+    sources: list[SourceCounts]
     rows: int
     documents: int
-    conversations: int  # documents that the chat template was used for; the others are raw text
+    conversations: int
     tokens: int
     supervised_tokens: int
-    longest_tokens: int  # before dropping and truncating
-    truncated: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)
-    highest_token: int = 0
-    template: str = "model"  # model: the tokenizer's own; default: bigtune's
-    arrow_bytes: int = 0
+    longest_tokens: int
+    highest_token: int
+    template: str  # name of the chat template: `model` for the tokenizer's own
+    template_text: str
+    skipped: dict[str, int] = field(default_factory=dict)  # bad rows
+    removed: dict[str, int] = field(default_factory=dict)  # good rows that are not trained on
+    held_out: int = 0  # rows kept for evaluation
+    held_out_below: int = 0  # rows whose content hash is lower are held out
+    split_rows: int = 0
+    duplicate_ids: int = 0
+    ignored_files: list[str] = field(default_factory=list)
     version: int = VERSION
 
     def summary(self) -> str:
-        """One line, and a second one if something was left out or cut."""
+        """A line of what is there, and one more for each kind of thing that is not."""
         share = self.supervised_tokens / max(self.tokens, 1)
-        line = (
-            f"{self.documents:,} documents, {self.tokens:,} tokens, {share:.1%} supervised"
+        lines = [
+            f"{self.documents:,} documents of {self.rows:,} rows, {self.tokens:,} tokens, {share:.1%} supervised"
             f" (longest {self.longest_tokens:,})"
-        )
-        if self.template == "default" and self.conversations:
-            line += "; the model has no chat template: bigtune's plain one is used"
-        losses = [f"dropped {count:,} ({reason})" for reason, count in self.dropped.items()]
-        if self.truncated:
-            losses.append(f"truncated {self.truncated:,} to {self.sequence_length:,} tokens")
-        losses += [f"skipped {count:,} rows ({reason})" for reason, count in self.skipped.items()]
-        return "\n".join([line, "; ".join(losses)]) if losses else line
-
-
-class StoreWriter:
-    """Writes a store aside, under `path`; `finish` makes it the store, leaving without it makes nothing.
-
-    with StoreWriter(path) as writer:
-        writer.add(documents, conversations)
-        writer.finish(manifest)
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._aside, self._manifest_aside = path / f"{DOCUMENTS}.tmp", path / f"{MANIFEST}.tmp"
-
-    def __enter__(self) -> Self:
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._sink = pa.OSFile(str(self._aside), "wb")
-        self._stream = pa.ipc.new_stream(self._sink, SCHEMA)
-        return self
-
-    def add(self, documents: Sequence[Encoded], conversations: Sequence[Conversation]) -> None:
-        """Append documents and, each beside its own, the rows that they came from."""
-        columns = [
-            _lists([document.input_ids for document in documents]),
-            _lists([document.spans.reshape(-1) for document in documents]),
-            pa.array([str(conversation.path) for conversation in conversations], pa.string()),
-            pa.array([conversation.row for conversation in conversations], pa.int64()),
         ]
-        with writing(self.path):
-            self._stream.write_batch(pa.record_batch(columns, schema=SCHEMA))
-
-    def finish(self, manifest: Manifest) -> Manifest:
-        """Make what was written the store. Returns the manifest with the size of the file."""
-        with writing(self.path):
-            self._stream.close()
-            self._sink.close()
-            manifest = dataclasses.replace(manifest, arrow_bytes=self._aside.stat().st_size)
-            text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n"
-            self._manifest_aside.write_text(text, encoding="utf-8")
-            for aside in (self._aside, self._manifest_aside):
-                _sync(aside)
-            (self.path / MANIFEST).unlink(missing_ok=True)
-            self._aside.replace(self.path / DOCUMENTS)
-            self._manifest_aside.replace(self.path / MANIFEST)
-        return manifest
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with suppress(OSError):  # what it could not write is an error already
-            self._sink.close()
-        for aside in (self._aside, self._manifest_aside):
-            aside.unlink(missing_ok=True)
+        if self.template != "model" and self.conversations:
+            lines[0] += f"; chat template: {self.template}"
+            lines[0] += " (the model has none)" if self.template == "plain" else ""
+        notes = [f"removed {count:,} rows ({reason})" for reason, count in self.removed.items()]
+        notes += [f"skipped {count:,} bad rows ({reason})" for reason, count in self.skipped.items()]
+        if self.held_out:
+            notes.append(f"held out {self.held_out:,} rows for evaluation")
+        if self.split_rows:
+            notes.append(
+                f"{self.split_rows:,} rows became a document an answer, since the template rewrites earlier turns"
+            )
+        if self.duplicate_ids:
+            notes.append(f"{self.duplicate_ids:,} rows repeat the id of another; all are kept")
+        if self.ignored_files:
+            notes.append(
+                f"ignored {len(self.ignored_files):,} files of other kinds ({', '.join(self.ignored_files[:3])}…)"
+            )
+        return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
 
 @contextmanager
@@ -136,15 +150,72 @@ def writing(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: the document store cannot be written here ({reason}); set data.store") from None
 
 
-def _lists(arrays: Sequence[npt.NDArray[np.int32]]) -> Any:
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64).astype(np.int32)
-    values = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
+def write_part(path: Path, batch: pa.RecordBatch, counts: PartCounts) -> None:
+    """Write a part aside, then under its name; the counts come last and make it whole.
+
+    Raises:
+        DataError: the disk is full, or the folder cannot be written.
+    """
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    with writing(path.parent):
+        try:
+            with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
+                stream.write_batch(batch)
+            _into_place(aside, path.with_suffix(".arrow"))
+            aside.write_text(json.dumps(dataclasses.asdict(counts)), encoding="utf-8")
+            _into_place(aside, path.with_suffix(".json"))
+        finally:
+            aside.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+def read_part_counts(path: Path) -> PartCounts | None:
+    """The counts of a whole part; None where there is none."""
+    try:
+        tree = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return PartCounts(**{**tree, "bad": [tuple(bad) for bad in tree["bad"]]})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def write_store(
+    path: Path, manifest: Manifest, chosen: npt.NDArray[np.int64], removed: Iterable[Mapping[str, Any]]
+) -> None:
+    """Make the parts that the manifest names the store at `path`, and remove all others."""
+    names = [name for file in manifest.files for name in file["parts"]]
+    state = {
+        "_data_files": [{"filename": f"{PARTS}/{name}.arrow"} for name in names],
+        "_fingerprint": manifest.fingerprint[:16],
+        "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None,
+    }  # fmt: skip
+    with writing(path):
+        (path / MANIFEST).unlink(missing_ok=True)
+        aside = path / "aside.tmp"
+        try:
+            numbers = io.BytesIO()
+            np.save(numbers, chosen)  # into a file, it would say nothing of a disk that is full
+            aside.write_bytes(numbers.getbuffer())
+            _into_place(aside, path / CHOSEN)
+            texts = {
+                REMOVED: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in removed),
+                "state.json": json.dumps(state, indent=1) + "\n",
+                "dataset_info.json": "{}\n",
+                MANIFEST: json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False) + "\n",
+            }
+            for name, text in texts.items():
+                aside.write_text(text, encoding="utf-8")
+                _into_place(aside, path / name)
+        finally:
+            aside.unlink(missing_ok=True)
+        kept = set(names)
+        for file in (path / PARTS).iterdir():  # those of other sources or settings, and what a kill left
+            if file.name.split(".")[0] not in kept or file.suffix == ".tmp":
+                file.unlink(missing_ok=True)
+
+
+def _into_place(aside: Path, path: Path) -> None:
+    with aside.open("rb") as file:
         os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -156,7 +227,6 @@ def read_manifest(path: Path) -> Manifest:
     again = "run `bigtune prepare RUN.yaml`"
     try:
         tree = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        size = (path / DOCUMENTS).stat().st_size
     except FileNotFoundError:
         raise DataError(f"{path.absolute()}: no prepared documents here; {again}") from None
     except (OSError, ValueError) as error:
@@ -164,30 +234,89 @@ def read_manifest(path: Path) -> Manifest:
     if not isinstance(tree, dict) or tree.get("version") != VERSION:
         raise DataError(f"{path}: the document store is of another version of bigtune; {again}")
     try:
-        manifest = Manifest(**tree)
-    except TypeError:
+        return Manifest(**{**tree, "sources": [SourceCounts(**source) for source in tree["sources"]]})
+    except (TypeError, KeyError):
         raise DataError(f"{path / MANIFEST}: not a manifest of bigtune's; {again}") from None
-    if manifest.arrow_bytes != size:
-        raise DataError(f"{path / DOCUMENTS}: {size:,} bytes, where the manifest has {manifest.arrow_bytes:,}; {again}")
-    return manifest
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """`input_ids` int32 [n] and `spans` int32 [k, 2], read-only views of the mapped file."""
+class Columns:
+    """The columns of some parts, mapped, as if they were one: opening reads no tokens."""
 
-    input_ids: npt.NDArray[np.int32]
-    spans: npt.NDArray[np.int32]
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Raises DataError if a part is missing or broken."""
+        self._batches = [_map(path) for path in paths]
+        self._starts = np.cumsum([0, *map(len, self._batches)])
+        self._lists = [[_views(batch.column(name)) for name in LISTS] for batch in self._batches]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def numbers(self, name: str) -> npt.NDArray[Any]:
+        """A column of numbers as one array, [N]."""
+        parts = []
+        for batch in self._batches:
+            column = batch.column(name)
+            parts.append(column.to_numpy(zero_copy_only=False))  # booleans are bits in Arrow
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the columns that all parts have."""
+        return list(self._batches[0].schema.names) if self._batches else []
+
+    def chunked(self, name: str) -> Any:
+        """A column as a `pa.ChunkedArray` over the parts, mapped."""
+        return pa.chunked_array([batch.column(name) for batch in self._batches])
+
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each document, int32 [N]; reads the offsets alone."""
+        parts = [np.diff(ids[0]) for ids, _, _ in self._lists]
+        return np.concatenate(parts).astype(np.int32) if parts else np.empty(0, np.int32)
+
+    def document(self, i: int) -> Document:
+        """Document `i` of all."""
+        part, at = self.place(i)
+        ids, spans, weights = (values[offsets[at] : offsets[at + 1]] for offsets, values in self._lists[part])
+        return Document(ids, spans.reshape(-1, 2), weights)
+
+    def place(self, i: int) -> tuple[int, int]:
+        """The part that document `i` is in, and where in it."""
+        part = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return part, i - int(self._starts[part])
+
+    def parts_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Which part each document is in."""
+        return np.searchsorted(self._starts, indices, side="right") - 1
+
+    def row(self, i: int) -> int:
+        """The row that document `i` came from."""
+        part, at = self.place(i)
+        return int(self._batches[part].column("row")[at].as_py())
+
+
+def _map(path: Path) -> pa.RecordBatch:
+    again = "run `bigtune prepare RUN.yaml` again"
+    try:
+        batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()  # a part is one batch
+    except (OSError, pa.ArrowInvalid, StopIteration) as error:
+        reason = str(error).split("\n")[0]
+        raise DataError(f"{path}: cannot be read ({reason}); {again}") from None
+    if any(batch.schema.get_field_index(field.name) < 0 for field in SCHEMA):
+        raise DataError(f"{path}: not a part of a document store; {again}")
+    return batch
+
+
+def _views(column: Any) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any]]:
+    """Offsets and values of a list column, without a copy."""
+    return column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True)
 
 
 class Store:
-    """Prepared documents, memory-mapped: opening reads no tokens."""
+    """The documents that are trained on."""
 
-    def __init__(self, path: Path, manifest: Manifest, table: Any) -> None:
-        self.path, self.manifest = path, manifest
-        self._ids = _Column(table.column("input_ids"))
-        self._spans = _Column(table.column("spans"))
-        self._table = table
+    def __init__(self, path: Path, manifest: Manifest, columns: Columns, chosen: npt.NDArray[np.int64]) -> None:
+        self.path, self.manifest, self.columns, self.chosen = path, manifest, columns, chosen
+        self._parts = [(file["source"], file["path"]) for file in manifest.files for _ in file["parts"]]
 
     @classmethod
     def open(cls, path: Path) -> "Store":
@@ -197,17 +326,19 @@ class Store:
             DataError: it is missing or broken; the message says to prepare it.
         """
         manifest = read_manifest(path)
+        columns = Columns([path / PARTS / f"{name}.arrow" for file in manifest.files for name in file["parts"]])
         try:
-            table = pa.ipc.open_stream(pa.memory_map(str(path / DOCUMENTS))).read_all()
-        except (OSError, pa.ArrowInvalid) as error:
-            reason = str(error).split("\n")[0]
-            raise DataError(f"{path / DOCUMENTS}: cannot be read ({reason}); run `bigtune prepare RUN.yaml`") from None
-        if table.schema != SCHEMA or len(table) != manifest.documents:
-            raise DataError(f"{path / DOCUMENTS}: does not fit its manifest; run `bigtune prepare RUN.yaml`")
-        return cls(path, manifest, table)
+            chosen = np.load(path / CHOSEN, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(
+                f"{path / CHOSEN}: cannot be read ({error}); run `bigtune prepare RUN.yaml` again"
+            ) from None
+        if len(chosen) != manifest.documents or (len(chosen) and chosen[-1] >= len(columns)):
+            raise DataError(f"{path}: its parts do not fit its manifest; run `bigtune prepare RUN.yaml` again")
+        return cls(path, manifest, columns, chosen)
 
     def __len__(self) -> int:
-        return self.manifest.documents
+        return len(self.chosen)
 
     @property
     def fingerprint(self) -> str:
@@ -216,32 +347,31 @@ class Store:
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each document, int32 [N]; reads the offsets alone."""
-        return self._ids.lengths()
+        return self.columns.lengths()[self.chosen]
+
+    @property
+    def supervised(self) -> npt.NDArray[np.int32]:
+        """Supervised tokens of each document, int32 [N]."""
+        return self.columns.numbers("supervised")[self.chosen]
+
+    @property
+    def content(self) -> npt.NDArray[np.uint64]:
+        """The content hash of each document's row, uint64 [N]."""
+        return self.columns.numbers("content")[self.chosen]
+
+    @property
+    def sources(self) -> npt.NDArray[np.int64]:
+        """Which of `data.sources` each document is from, [N]."""
+        of_part = np.array([source for source, _ in self._parts], dtype=np.int64)
+        return of_part[self.columns.parts_of(self.chosen)]
 
     def document(self, i: int) -> Document:
-        return Document(self._ids[i], self._spans[i].reshape(-1, 2))
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)}")
+        return self.columns.document(int(self.chosen[i]))
 
     def where(self, i: int) -> str:
         """The file and row that document `i` came from, for a message."""
-        return f"{self._table.column('source')[i]}, row {self._table.column('row')[i]}"
-
-
-class _Column:
-    """A chunked Arrow column of int32 lists as NumPy views."""
-
-    def __init__(self, column: Any) -> None:
-        self._offsets = [chunk.offsets.to_numpy() for chunk in column.chunks]
-        self._values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in column.chunks]
-        self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
-
-    def lengths(self) -> npt.NDArray[np.int32]:
-        parts = [np.diff(offsets) for offsets in self._offsets]
-        return np.concatenate(parts).astype(np.int32) if parts else np.empty(0, np.int32)
-
-    def __getitem__(self, i: int) -> npt.NDArray[np.int32]:
-        if not 0 <= i < self._starts[-1]:
-            raise IndexError(f"document {i} of {self._starts[-1]}")
-        chunk = int(np.searchsorted(self._starts, i, side="right")) - 1
-        start, end = self._offsets[chunk][i - self._starts[chunk] :][:2]
-        values: npt.NDArray[np.int32] = self._values[chunk][start:end]
-        return values
+        at = int(self.chosen[i])
+        _, path = self._parts[self.columns.place(at)[0]]
+        return f"{path}, row {self.columns.row(at)}"

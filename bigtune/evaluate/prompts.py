@@ -10,7 +10,7 @@ import hashlib
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bigtune.config import Data, Evaluate
@@ -42,9 +42,12 @@ class Item:
 
 
 def build_items(
-    evaluate: Evaluate, data: Data, tokenizer: Any, seed: int, counts: ReadCounts | None = None
+    evaluate: Evaluate, data: Data, tokenizer: Any, seed: int, counts: ReadCounts | None = None, below: int = 0
 ) -> list[Item]:
     """The questions of `evaluate.sources`, in their order; the same for every model with this tokenizer.
+
+    Where the run names no sources, the questions are the rows of `data.sources` that are held out from training:
+    those whose content hash is lower than `below`. Examples are never drawn from them.
 
     A row's last assistant turn is the reference, and what comes before it is the question. With `max_rows`,
     the rows are a random sample by seed, since files are often sorted by task.
@@ -54,21 +57,24 @@ def build_items(
             fewer examples of a task than `shots` asks for.
     """
     rows = []
-    for read in read_conversations(evaluate.sources, data.on_bad_row, counts):
+    sources = evaluate.sources or data.sources
+    read_rows = read_conversations(sources, data.on_bad_row, counts)
+    for read in read_rows if evaluate.sources else (row for row in read_rows if row.content_hash < below):
         row = _until_answer(read)
         if row is None:
             raise DataError(f"{read.where}: an evaluation row needs a question and an assistant's answer to it")
         rows.append(row)
     if not rows:
-        names = ", ".join(str(source.path) for source in evaluate.sources)
+        names = ", ".join(source.name for source in sources)
         raise DataError(f"{names}: no row to evaluate on")
     if evaluate.max_rows is not None and evaluate.max_rows < len(rows):
         rows = [rows[at] for at in sorted(random.Random(seed).sample(range(len(rows)), evaluate.max_rows))]
     dialogues = rows
     if evaluate.shots:
         pool = read_conversations(evaluate.shots_from or data.sources, data.on_bad_row)
-        dialogues = with_examples(rows, pool, evaluate.shots, seed)
-    encoded = encode(dialogues, evaluate.prompt, tokenizer)
+        known = pool if evaluate.shots_from else (row for row in pool if row.content_hash >= below)
+        dialogues = with_examples(rows, known, evaluate.shots, seed)
+    encoded = encode(dialogues, evaluate.prompt, tokenizer, data.chat_template)
     return [
         Item(_said(row), row.messages[-1].content, prompt, answer, row.task, row.tags, row.where)
         for row, (prompt, answer) in zip(rows, encoded, strict=True)
@@ -111,11 +117,15 @@ def with_examples(
 
 
 def encode(
-    dialogues: Sequence[Conversation], prompt: Literal["chat", "plain"], tokenizer: Any
+    dialogues: Sequence[Conversation],
+    prompt: Literal["chat", "plain"],
+    tokenizer: Any,
+    chat_template: str | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, answer ids) of each dialogue, whose last message is the reference answer.
 
     Raises:
+        ConfigError: there is no such chat template.
         DataError: the chat template refuses a dialogue.
         ModelError: the tokenizer is a slow one.
     """
@@ -123,12 +133,20 @@ def encode(
         if not tokenizer.is_fast:
             raise ModelError(f"{tokenizer.name_or_path}: bigtune needs a fast tokenizer; convert it to tokenizer.json")
         return [_encode_plain(dialogue, tokenizer) for dialogue in dialogues]
+    chat = ChatFormat.of(tokenizer, chat_template, supervise="last")
+    # What a row says of its part in the loss is meant for training.
+    asked = [replace(row, messages=tuple(replace(turn, weight=None) for turn in row.messages)) for row in dialogues]
     pairs = []
-    for encoded in ChatFormat.of(tokenizer).encode(dialogues):
-        # The last supervised span is the reference, exactly as training would see it.
-        start, end = (int(bound) for bound in encoded.spans[-1])
-        ids = encoded.input_ids.tolist()
-        pairs.append((ids[:start], ids[start:end]))
+    for row, documents in zip(asked, chat.encode(asked), strict=True):
+        if isinstance(documents, DataError):
+            raise documents
+        [document] = documents
+        if not len(document.spans):
+            raise DataError(f"{row.where}: the chat template marks nothing of the answer as learnt; mend the template")
+        # The answer is exactly as training would see it; a template may have more than one span of it learnt.
+        question = chat.prompt_ids(row.messages[:-1], row.tools)
+        ids, end = document.input_ids.tolist(), int(document.spans[-1, 1])
+        pairs.append((question, ids[len(question) : end]))
     return pairs
 
 

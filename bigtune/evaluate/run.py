@@ -29,12 +29,14 @@ def evaluate(
     seed: int,
     progress: Progress | None = None,
     dtype: str | None = None,
+    below: int = 0,
 ) -> Report:
     """Score a Hugging Face model folder on held-out rows: loss of the answers, and exact match.
 
     A row whose prompt and answer (the reference, or `max_new_tokens`) exceed the model's context is left out
     of every score and counted in the report. `dtype` is float32 or bfloat16; by default bfloat16 on CUDA and
-    float32 elsewhere. `progress(stage, done, total)` is called with the stages `loss` and `generate`.
+    float32 elsewhere. Rows of `data.sources` with a content hash lower than `below` are held out from training, and
+    are the questions where `evaluate` names none. `progress(stage, done, total)` is called with the stages `loss` and `generate`.
 
     Raises:
         DataError: a source is wrong or empty, there are too few examples, or no row fits the context.
@@ -44,7 +46,7 @@ def evaluate(
     _check_folder(model_path)
     tokenizer = load_tokenizer(model_path)
     counts = ReadCounts()
-    items = build_items(evaluate, data, tokenizer, seed, counts)
+    items = build_items(evaluate, data, tokenizer, seed, counts, below)
     if evaluate.answer == "number":
         _check_numbers(items)
     model = load_model(model_path, dtype)

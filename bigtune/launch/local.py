@@ -25,7 +25,8 @@ import psutil
 
 from bigtune.dist import CHILD
 from bigtune.errors import LaunchError
-from bigtune.train.signals import STOPPED, end_with_parent
+from bigtune.process import end_with_parent
+from bigtune.train.signals import STOPPED
 
 
 def default_ranks() -> int:

@@ -28,9 +28,12 @@ class LossHead(nn.Module):
         self.weight = linear.weight
         self.bias = linear.bias
 
-    def forward(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-        """The summed cross-entropy of T positions, a float32 scalar in nats; 0 for T = 0."""
-        loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_TD, self.weight, self.bias, targets_T)
+    def forward(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of the cross-entropies of T positions, a float32 scalar in nats; 0 for T = 0.
+
+        `weights_T` is float32; weights of 1 change no bit of the plain sum and its gradients.
+        """
+        loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_TD, self.weight, self.bias, targets_T, weights_T)
         return loss
 
 
@@ -42,6 +45,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_VD: torch.Tensor,
         bias_V: torch.Tensor | None,
         targets_T: torch.Tensor,
+        weights_T: torch.Tensor,
     ) -> torch.Tensor:
         tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
@@ -51,14 +55,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         chunk = max(1, CHUNK_LOGITS // vocabulary)
         for start in range(0, tokens, chunk):
-            hidden_CD, targets_C = hidden_TD[start : start + chunk], targets_T[start : start + chunk]
+            hidden_CD, targets_C, weights_C = (
+                part[start : start + chunk] for part in (hidden_TD, targets_T, weights_T)
+            )
             logits_CV = nn.functional.linear(hidden_CD, weight_VD, bias_V).float()
             log_sum_C = torch.logsumexp(logits_CV, dim=-1)
             chosen_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1)
-            loss += (log_sum_C - chosen_C).sum()
-            # d loss / d logits = softmax - one-hot, written over the logits.
+            loss += ((log_sum_C - chosen_C) * weights_C).sum()
+            # d loss / d logits = weight × (softmax - one-hot), written over the logits.
             grad_CV = logits_CV.sub_(log_sum_C[:, None]).exp_()
             grad_CV[torch.arange(len(targets_C), device=grad_CV.device), targets_C] -= 1.0
+            grad_CV *= weights_C[:, None]  # always: to ask whether any is not 1 would make a GPU wait
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(hidden_CD.dtype)
@@ -75,7 +82,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         grad_bias_V = None if ctx.grad_bias_V is None else ctx.grad_bias_V * grad_loss
-        return grad_hidden_TD * grad_loss, grad_weight_VD.mul_(grad_loss), grad_bias_V, None
+        return grad_hidden_TD * grad_loss, grad_weight_VD.mul_(grad_loss), grad_bias_V, None, None
 
 
 def replace_head(model: PreTrainedModel) -> LossHead:

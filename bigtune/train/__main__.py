@@ -17,17 +17,19 @@ from filelock import FileLock, Timeout  # noqa: E402
 from bigtune.config import Run, load_run  # noqa: E402
 from bigtune.dist import CHILD, World  # noqa: E402
 from bigtune.errors import BigtuneError, LaunchError  # noqa: E402
+from bigtune.process import end_with_parent  # noqa: E402
 from bigtune.train.console import WorkerConsole  # noqa: E402
 from bigtune.train.cores import bind  # noqa: E402
-from bigtune.train.signals import StopRequest, end_with_parent  # noqa: E402
+from bigtune.train.signals import StopRequest  # noqa: E402
 
 
 @click.command()
 @click.argument("run_file")
 @click.option("--set", "overrides", multiple=True, help="section.key=value; may be given again")
 @click.option("--resume", default=None, help="latest, step-N or a path")
+@click.option("--new-data", is_flag=True, help="go on with other documents, from the next epoch on")
 @click.option("--local_rank", type=int, default=None, hidden=True, help="given by DeepSpeed's launcher")
-def main(run_file: str, overrides: tuple[str, ...], resume: str | None, local_rank: int | None) -> None:
+def main(run_file: str, overrides: tuple[str, ...], resume: str | None, new_data: bool, local_rank: int | None) -> None:
     """Train RUN_FILE on this rank. Start it through a launcher."""
     stop = StopRequest()
     end_with_parent()
@@ -42,7 +44,7 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, local_ra
         sys.exit(f"Error: {error}" if world.is_main else 1)
     code = 0
     try:
-        _work(run, world, resume, stop, console)
+        _work(run, world, resume, new_data, stop, console)
     except BaseException as error:
         console.fail(error)
         code = 1
@@ -54,7 +56,9 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, local_ra
     os._exit(code)
 
 
-def _work(run: Run, world: World, resume: str | None, stop: StopRequest, console: WorkerConsole) -> None:
+def _work(
+    run: Run, world: World, resume: str | None, new_data: bool, stop: StopRequest, console: WorkerConsole
+) -> None:
     from bigtune.data.prepare import prepare
     from bigtune.train.ds_config import read_preset
     from bigtune.train.ops import ensure_ops, load_ops, needed_ops
@@ -66,9 +70,10 @@ def _work(run: Run, world: World, resume: str | None, stop: StopRequest, console
             lock.acquire(timeout=0)
     except Timeout:
         raise LaunchError(f"output: another run is training in {run.output}; wait for it, or give another") from None
-    start = find_start(run, resume)
-    if CHILD not in os.environ:  # the first rank works, the others wait
-        manifest = prepare(run.data, run.model.path, run.store, keep=documents_of(start))
+    start = find_start(run, resume, new_data)
+    if CHILD not in os.environ and not run.data.stream:  # the first rank works, the others wait
+        keep = None if new_data else documents_of(start)
+        manifest = prepare(run.data, run.model.path, run.store, keep=keep, held_out=run.held_out)
         console.say(manifest.summary())
     import torch
 
@@ -82,7 +87,7 @@ def _work(run: Run, world: World, resume: str | None, stop: StopRequest, console
     if cpu_adam:
         load_ops(ops)
     connect(world)
-    train(run, world, start, stop, console, BEGAN, cpu_adam)
+    train(run, world, start, stop, console, BEGAN, cpu_adam, new_data)
     torch.distributed.destroy_process_group()
 
 

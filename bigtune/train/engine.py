@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from bigtune.checkpoint.layout import Parameter
 from bigtune.config import Optim
-from bigtune.data.stream import MicroBatch
+from bigtune.data.collate import MicroBatch
 from bigtune.dist import World, device
 from bigtune.model.head import LossHead, replace_head
 from bigtune.model.load import check_tensors, materialise_buffers, skeleton
@@ -44,7 +44,7 @@ class Objective(nn.Module):
         self.model, self.head = model, head
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """The summed cross-entropy in nats over the micro-batch's supervised tokens, a float32 scalar."""
+        """The weighted sum of the cross-entropies of the micro-batch's supervised tokens, a float32 scalar in nats."""
         here = device()
         hidden_SD = self.model.base_model(
             input_ids=torch.from_numpy(batch.input_ids)[None].to(here),
@@ -52,8 +52,10 @@ class Objective(nn.Module):
             use_cache=False,
             document_offsets=batch.document_offsets.tolist(),
         )[0][0]
-        predict_at_T = torch.from_numpy(batch.predict_at).to(here)
-        return cast(torch.Tensor, self.head(hidden_SD[predict_at_T], torch.from_numpy(batch.targets).to(here)))
+        predict_at_T, targets_T, weights_T = (
+            torch.from_numpy(array).to(here) for array in (batch.predict_at, batch.targets, batch.weights)
+        )
+        return cast(torch.Tensor, self.head(hidden_SD[predict_at_T], targets_T, weights_T))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +110,21 @@ class Engine:
         if self._engine.device.type == "cpu":
             ctypes.CDLL(None).malloc_trim(0)  # what initialize used and freed
 
-    def micro_step(self, batch: MicroBatch, supervised: int, last: bool) -> torch.Tensor:
+    def micro_step(self, batch: MicroBatch, weight: float, last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch of a step.
 
         Args:
-            supervised: supervised tokens of the whole global batch, over all ranks and micro-steps.
+            weight: summed weight of the supervised tokens of the whole global batch, over all ranks and
+                micro-steps; 0 if nothing is supervised, and the gradient is then 0.
             last: whether this is the step's last micro-batch.
 
         Returns:
-            This micro-batch's summed loss, detached.
+            This micro-batch's weighted sum of losses, detached.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         loss: torch.Tensor = self._engine(batch)
         # DeepSpeed averages gradients over the ranks; times world makes that the sum which rule 1 asks for.
-        self._engine.backward(loss * (self.world.world_size / max(1, supervised)), scale_wrt_gas=False)
+        self._engine.backward(loss * (self.world.world_size / (weight or 1.0)), scale_wrt_gas=False)
         return loss.detach()
 
     def step(self, learning_rate: float) -> bool:

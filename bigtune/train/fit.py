@@ -1,12 +1,31 @@
-"""Whether documents and model fit each other, before anything is loaded."""
+"""The rows that a run trains on, and whether the model can compute them."""
 
 from typing import Any
 
+from bigtune.config import Run
+from bigtune.data.rows import Rows
 from bigtune.data.store import Store
+from bigtune.data.stream import RowStream
 from bigtune.errors import DataError, ModelError
 
 
-def check_fit(config: Any, store: Store) -> None:
+def open_rows(run: Run) -> Rows:
+    """The rows of the run's store, or of its sources where it streams them.
+
+    Raises:
+        DataError: the store is missing, a source cannot be read, or next to nothing is supervised.
+    """
+    if not run.data.stream:
+        return RowStream(Store.open(run.store), run.data, run.train.seed, run.train.epochs)
+    from bigtune.data.live import LiveRows
+    from bigtune.data.prepare import recipe_of
+
+    rows = LiveRows(run.data, recipe_of(run.data, run.model.path, run.held_out), run.train.seed)
+    rows.require_supervised()
+    return rows
+
+
+def check_fit(config: Any, rows: Rows) -> None:
     """Refuse documents that the model cannot compute as it was made to.
 
     Args:
@@ -16,14 +35,13 @@ def check_fit(config: Any, store: Store) -> None:
         ModelError: the tokenizer gave a token that the model has no embedding for.
         DataError: a document is longer than the model's context, or than a window that packed attention lacks.
     """
-    highest = store.manifest.highest_token
+    highest = rows.highest_token
     if highest >= config.vocab_size:
         raise ModelError(
             f"model.path: {config.vocab_size:,} embeddings, but the tokenizer beside them gives token {highest:,}; "
             "resize the model's embeddings, or bring the tokenizer that belongs to it"
         )
-    lengths = store.lengths
-    at = int(lengths.argmax())
+    longest, where = rows.longest()
     layers = getattr(config, "layer_types", None)
     windowed = layers is None or "sliding_attention" in layers
     limits = {
@@ -32,8 +50,8 @@ def check_fit(config: Any, store: Store) -> None:
         and getattr(config, "sliding_window", None),
     }
     for what, limit in limits.items():
-        if limit and lengths[at] > limit:
+        if limit and longest > limit:
             raise DataError(
-                f"{store.where(at)}: a document of {lengths[at]:,} tokens, where {what} has {limit:,}; "
+                f"{where}: a document of {longest:,} tokens, where {what} has {limit:,}; "
                 f"set data.sequence_length to {limit:,} or less"
             )

@@ -15,15 +15,17 @@ from bigtune import dist
 from bigtune.checkpoint.layout import point_at, read_json
 from bigtune.checkpoint.save import to_json
 from bigtune.config import Run, Train
-from bigtune.data.store import Store
-from bigtune.data.stream import MicroBatch, Position, RowStream, collate, deal, steps_of
+from bigtune.data.collate import MicroBatch
+from bigtune.data.loader import Loader
+from bigtune.data.rows import Position, Rows
+from bigtune.data.stream import RowStream, steps_of
 from bigtune.dist import World
 from bigtune.errors import CheckpointError, DataError
 from bigtune.model.load import read_config
 from bigtune.train.console import WorkerConsole
 from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine
-from bigtune.train.fit import check_fit
+from bigtune.train.fit import check_fit, open_rows
 from bigtune.train.metrics import MetricsLog, peak_memory_gib, reduce_totals
 from bigtune.train.precision import measure_precision
 from bigtune.train.saving import Progress, Saver
@@ -40,6 +42,7 @@ def train(
     console: WorkerConsole,
     began: float,
     cpu_adam: bool = False,
+    new_data: bool = False,
 ) -> None:
     """Train on this rank, from the beginning or from a checkpoint, to the last step or until asked to stop.
 
@@ -47,41 +50,41 @@ def train(
         start: the checkpoint to go on from, as `find_start` gives it.
         began: `time.monotonic()` at the start of the process.
         cpu_adam: whether DeepSpeed's own Adam is built.
+        new_data: go on with other documents than the checkpoint's, from the next epoch on.
 
     Raises:
-        BigtuneError: the model, the store or the checkpoint does not fit, or a checkpoint cannot be written.
+        BigtuneError: the model, the documents or the checkpoint does not fit, or a checkpoint cannot be written.
     """
-    store = Store.open(run.store)
-    stream = RowStream(store, run.data.sequence_length, run.train.seed, run.train.epochs)
-    steps = run.train.steps or steps_of(stream, run.train.epochs or 1, run.train.global_batch)
+    rows = open_rows(run)
+    steps = run.train.steps or _steps_of(rows, run.train)
     precision = _precision(run.train, start)
-    ds_config = _settle(run, precision, store, world)
-    console.say(_headline(run, world, steps, precision, stream))
+    ds_config = _settle(run, precision, rows, world)
+    console.say(_headline(run, world, steps, precision, rows))
     engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam)
-    progress = _go_on(start, engine, store, console) if start else Progress()
+    progress = _go_on(start, engine, rows, console, new_data) if start else Progress()
     metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began)
     metrics.forget_after(progress.step)
-    saver = Saver(run, world, engine, metrics, store, steps, saved_step=progress.step)
-    stop.can_wait = True
-    with console.bar("train") or nullcontext() as bar:
+    saver = Saver(run, world, engine, metrics, rows, steps, saved_step=progress.step)
+    stop.can_wait, began_loop = True, time.monotonic()
+    loader = Loader(rows, progress.position, world, run.train.micro_batch, run.train.global_batch)
+    with console.bar("train") or nullcontext() as bar, loader:
         while progress.step < steps:
-            began_step = time.monotonic()
-            rows, after = stream.take(progress.position, run.train.global_batch)
-            dealt = deal(rows, world.data_rank, world.data_world, run.train.micro_batch, run.train.global_batch)
-            batches = [collate(part) for part in dealt]
-            totals = reduce_totals(batches, stop.asked, metrics.held_loss)
+            began_step, waited = time.monotonic(), loader.waited_seconds
+            data = loader.next()
+            totals = reduce_totals(data.batches, stop.asked, metrics.held_loss)
             metrics.complete(totals.loss)
             if totals.stop:
                 break
             rate = learning_rate(run.optim, progress.step + 1, steps)
-            loss = _backward(engine, batches, totals.supervised, (run.train.seed, progress.step), world)
+            loss = _backward(engine, data.batches, totals.weight, (run.train.seed, progress.step), world)
             applied = engine.step(rate)
-            progress = Progress(progress.step + 1, progress.skipped_steps + (not applied), after)
+            progress = Progress(progress.step + 1, progress.skipped_steps + (not applied), data.after)
             seconds = time.monotonic() - began_step
             metrics.hold(
                 loss,
+                totals.weight,
                 step=progress.step,
-                epoch=round(stream.epochs_at(after), 6),
+                epoch=round(rows.epochs_at(data.after), 6),
                 loss=None,
                 learning_rate=rate,
                 grad_norm=engine.grad_norm,
@@ -89,21 +92,31 @@ def train(
                 supervised_tokens=totals.supervised,
                 time=round(metrics.elapsed(), 6),
                 step_seconds=round(seconds, 6),
+                data_seconds=round(loader.waited_seconds - waited, 6),
                 tokens_per_second=round(totals.tokens / seconds, 3),
                 peak_memory_gib=round(peak_memory_gib(), 4),
+                work_imbalance=round(data.imbalance.work, 4),
+                supervised_imbalance=round(data.imbalance.supervised, 4),
                 skipped=not applied,
             )
             if bar:
                 bar.advance_to(progress.step, steps, _note(metrics.last))
             saver.save_if_due(progress)
         saver.save(progress)
-    console.say(_ending(progress, steps, metrics.last))
+    rows.close()
+    waited_share = loader.waited_seconds / (time.monotonic() - began_loop)
+    console.say(_ending(progress, steps, metrics.last, waited_share, rows.losses()))
 
 
-def _settle(run: Run, precision: str, store: Store, world: World) -> dict[str, Any]:
+def _steps_of(rows: Rows, section: Train) -> int:
+    assert isinstance(rows, RowStream)  # the run file gives a stream of raw files its steps
+    return steps_of(rows, section.epochs or 1, section.global_batch)
+
+
+def _settle(run: Run, precision: str, rows: Rows, world: World) -> dict[str, Any]:
     """The DeepSpeed configuration of a run whose model and documents fit; written down beside the run file."""
     model_config = read_config(run.model.path)
-    check_fit(model_config, store)
+    check_fit(model_config, rows)
     ds_config = complete(read_preset(run.deepspeed), run, precision, model_config.hidden_size)
     if world.is_main:
         (run.output / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
@@ -122,41 +135,45 @@ def _precision(section: Train, start: Path | None) -> str:
 
 
 def _backward(
-    engine: Engine, batches: Sequence[MicroBatch], supervised: int, place: tuple[int, int], world: World
+    engine: Engine, batches: Sequence[MicroBatch], weight: float, place: tuple[int, int], world: World
 ) -> float:
     """All micro-steps of one step; returns this rank's summed loss."""
     losses = []
     for index, batch in enumerate(batches):
         # Dropout, where a model has it, depends on (seed, step, row) alone; integers hash the same everywhere.
         torch.manual_seed(hash((*place, index * world.data_world + world.data_rank)) % 2**63)
-        losses.append(engine.micro_step(batch, supervised, last=index == len(batches) - 1))
+        losses.append(engine.micro_step(batch, weight, last=index == len(batches) - 1))
     return float(torch.stack(losses).double().sum())
 
 
-def _go_on(start: Path, engine: Engine, store: Store, console: WorkerConsole) -> Progress:
+def _go_on(start: Path, engine: Engine, rows: Rows, console: WorkerConsole, new_data: bool) -> Progress:
     """The engine's state into the engine; the trainer's and the data's as progress."""
     trainer, data = read_json(start, "trainer.json"), read_json(start, "data.json")
-    if data.get("fingerprint") != store.fingerprint:
-        raise DataError(
-            f"{start}: was trained on other documents than {store.path} holds now; "
-            "bring the sources back, or start in another output with model.path set to the merged checkpoint"
-        )
+    position = Position.from_json(data)
+    if data.get("fingerprint") != rows.fingerprint:
+        if not new_data:
+            raise DataError(
+                f"{start}: was trained on other rows than data gives now; bring the sources and settings back, or go "
+                "on with --new-data: the next epoch then begins with the new ones"
+            )
+        position = Position(position.epoch + 1)
+        console.say(f"the documents are other ones than in {start}: epoch {position.epoch} begins with them")
     restore(engine, start)
     console.say(f"going on from {start}")
     if console.world.is_main and start.parent == console.output / "checkpoints":
         point_at(start)  # where it goes back to an earlier step, the later ones are no longer this run's
     try:
-        return Progress(trainer["step"], trainer["skipped_steps"], Position.from_json(data))
+        return Progress(trainer["step"], trainer["skipped_steps"], position)
     except KeyError as error:
         raise CheckpointError(f"{start}/trainer.json: lacks {error}; resume from another step") from None
 
 
-def _headline(run: Run, world: World, steps: int, precision: str, stream: RowStream) -> str:
+def _headline(run: Run, world: World, steps: int, precision: str, rows: Rows) -> str:
     ranks = f"{world.world_size} ranks" if world.world_size > 1 else "1 rank"
     threads = torch.get_num_threads()
     return (
-        f"train: {steps} steps of {run.train.global_batch} rows of {run.data.sequence_length} tokens "
-        f"({stream.efficiency:.1%} full) on {ranks}, {dist.device().type}, {precision}, "
+        f"train: {steps} steps of {run.train.global_batch} {rows.describe()} "
+        f"on {ranks}, {dist.device().type}, {precision}, "
         f"{threads} thread{'s' if threads > 1 else ''} a rank"
     )
 
@@ -165,9 +182,10 @@ def _note(last: Mapping[str, Any]) -> str:
     return f"loss {last['loss']:.3f}  {last['tokens_per_second']:,.0f} tokens/s" if last else ""
 
 
-def _ending(progress: Progress, steps: int, last: Mapping[str, Any]) -> str:
+def _ending(progress: Progress, steps: int, last: Mapping[str, Any], waited_share: float, losses: str) -> str:
     if progress.step < steps:
         return f"train: stopped at step {progress.step} of {steps}; the same command goes on from there"
     if not last:
         return f"train: all {steps} steps were done already"
-    return f"train: done, {steps} steps, last loss {last['loss']:.4f}"
+    line = f"train: done, {steps} steps, last loss {last['loss']:.4f}; waited for data {waited_share:.2%} of the time"
+    return f"{line}; left out while streaming: {losses}" if losses else line

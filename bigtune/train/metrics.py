@@ -17,14 +17,15 @@ from typing import Any
 import torch
 
 from bigtune import dist
-from bigtune.data.stream import MicroBatch
+from bigtune.data.collate import MicroBatch
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """One step's sums over all ranks. `loss` is the step before's, in nats over its supervised tokens."""
+    """One step's sums over all ranks. `loss` is the step before's weighted sum, in nats."""
 
     supervised: int
+    weight: float  # of the supervised tokens: what the loss is divided by
     tokens: int
     stop: bool
     loss: float
@@ -32,9 +33,16 @@ class Totals:
 
 def reduce_totals(batches: Sequence[MicroBatch], stop: bool, held_loss: float) -> Totals:
     """The control reduction: called once a step on every rank, after the step's rows are fetched."""
-    supervised = sum(batch.supervised for batch in batches)
-    sums = dist.all_sum([supervised, sum(batch.tokens for batch in batches), float(stop), held_loss])
-    return Totals(int(sums[0]), int(sums[1]), sums[2] > 0, sums[3])
+    supervised, weight, tokens, stops, loss = dist.all_sum(
+        [
+            sum(batch.supervised for batch in batches),
+            sum(batch.weight for batch in batches),
+            sum(batch.tokens for batch in batches),
+            float(stop),
+            held_loss,
+        ]
+    )
+    return Totals(int(supervised), weight, int(tokens), stops > 0, loss)
 
 
 @dataclass(slots=True)
@@ -49,6 +57,7 @@ class MetricsLog:
     last: dict[str, Any] = field(default_factory=dict)
     held_loss: float = 0.0
     _held: dict[str, Any] = field(default_factory=dict)
+    _held_weight: float = 0.0
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps after `step`, which a resumed run computes again."""
@@ -65,9 +74,9 @@ class MetricsLog:
         aside.write_text("".join(kept), encoding="utf-8")
         aside.replace(self.path)
 
-    def hold(self, loss_sum: float, **line: Any) -> None:
-        """Keep a step's line until its loss is known; `loss_sum` is this rank's."""
-        self._held, self.held_loss = line, loss_sum
+    def hold(self, loss_sum: float, weight: float, **line: Any) -> None:
+        """Keep a step's line until its loss is known; `loss_sum` is this rank's, `weight` that of all ranks."""
+        self._held, self._held_weight, self.held_loss = line, weight, loss_sum
 
     def flush(self) -> None:
         """Write the line held with a reduction of its own, collectively."""
@@ -77,7 +86,7 @@ class MetricsLog:
         """Write the line held, if any; `loss_sum` is over all ranks."""
         if not self._held:
             return
-        self.last = {**self._held, "loss": loss_sum / max(1, self._held["supervised_tokens"])}
+        self.last = {**self._held, "loss": loss_sum / (self._held_weight or 1.0)}
         self._held, self.held_loss = {}, 0.0
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:

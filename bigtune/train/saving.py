@@ -8,9 +8,7 @@ import torch
 from bigtune import __version__
 from bigtune.checkpoint.save import prune, save, to_json
 from bigtune.config import Run
-from bigtune.data.chat import DEFAULT_TEMPLATE
-from bigtune.data.store import Store
-from bigtune.data.stream import Position
+from bigtune.data.rows import Position, Rows
 from bigtune.dist import World
 from bigtune.model.load import companion_files
 from bigtune.train.engine import Engine
@@ -35,7 +33,7 @@ class Saver:
     world: World
     engine: Engine
     metrics: MetricsLog
-    store: Store
+    rows: Rows
     steps: int
     saved_step: int
     _model_files: Mapping[str, bytes] = field(init=False)
@@ -86,14 +84,14 @@ class Saver:
             **progress.position.to_json(),
             "seed": self.run.train.seed,
             "sequence_length": self.run.data.sequence_length,
-            "fingerprint": self.store.fingerprint,
+            "fingerprint": self.rows.fingerprint,
+            "documents": self.rows.documents,
         }
         return {"trainer.json": to_json(trainer), "data.json": to_json(data), "run.yaml": self.run.to_yaml()}
 
     def _read_model_files(self) -> Mapping[str, bytes]:
-        """What makes a model of the weights; with the default template, where that is what was learnt."""
+        """What makes a model of the weights; with the chat template that was learnt, where it is not the model's own."""
         files = {name: path.read_bytes() for name, path in companion_files(self.run.model.path).items()}
-        manifest = self.store.manifest
-        if manifest.template == "default" and manifest.conversations:
-            files["chat_template.jinja"] = DEFAULT_TEMPLATE.encode()
+        if self.rows.chat_template is not None:
+            files["chat_template.jinja"] = self.rows.chat_template.encode()
         return files

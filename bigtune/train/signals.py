@@ -4,7 +4,6 @@ SIGINT and SIGTERM before the first step end the worker at once. From then on th
 ranks agree on in the step's control reduction.
 """
 
-import ctypes
 import os
 import signal
 from types import FrameType
@@ -27,12 +26,3 @@ class StopRequest:
         if not self.can_wait:
             os._exit(STOPPED)
         self.asked = True
-
-
-def end_with_parent() -> None:
-    """Have the kernel send SIGTERM when the launcher dies, so that no orphan is left (Linux)."""
-    set_parent_death_signal = 1
-    try:
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    except (OSError, AttributeError):  # not Linux
-        return

@@ -1,6 +1,6 @@
 """Where a run starts from: the beginning, or a checkpoint that fits it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +8,20 @@ from bigtune.checkpoint.layout import latest, read_json, step_folder
 from bigtune.config import Run
 from bigtune.errors import CheckpointError, ConfigError
 
-MAY_CHANGE = ("train.steps", "train.epochs", "train.micro_batch", "checkpoint", "evaluate", "output", "data.store")
-"""What may differ from the run file in the checkpoint: none of it changes the meaning of the state."""
+MAY_CHANGE = (
+    "train.steps", "train.epochs", "train.micro_batch", "checkpoint", "evaluate", "output",
+    "data.store", "data.sources", "data.workers", "data.on_bad_row", "data.min_supervised",
+)  # fmt: skip
+"""What may differ from the run file in the checkpoint: none of it changes the meaning of the state. What sources
+change in the documents is seen by their fingerprint."""
 
 
-def find_start(run: Run, resume: str | None) -> Path | None:
+def find_start(run: Run, resume: str | None, new_data: bool = False) -> Path | None:
     """The checkpoint to go on from; None for the beginning.
 
     Args:
         resume: "latest", "step-N" or a path; None for the latest if the output folder has one.
+        new_data: let the data differ from the checkpoint's.
 
     Raises:
         CheckpointError: there is no such checkpoint.
@@ -33,7 +38,7 @@ def find_start(run: Run, resume: str | None) -> Path | None:
         if not (folder / "layout.json").is_file():
             raise CheckpointError(f"--resume {resume}: {folder.absolute()} is no checkpoint")
     if folder is not None:
-        _check_same_run(run, folder)
+        _check_same_run(run, folder, (*MAY_CHANGE, "data") if new_data else MAY_CHANGE)
     return folder
 
 
@@ -43,10 +48,10 @@ def documents_of(checkpoint: Path | None) -> str | None:
     Raises:
         CheckpointError: its data.json is missing or broken.
     """
-    return read_json(checkpoint, "data.json").get("fingerprint") if checkpoint else None
+    return read_json(checkpoint, "data.json").get("documents") if checkpoint else None
 
 
-def _check_same_run(run: Run, folder: Path) -> None:
+def _check_same_run(run: Run, folder: Path, may_change: Sequence[str]) -> None:
     from bigtune.config import load_run
 
     before = dict(_leaves(load_run(folder / "run.yaml").model_dump(mode="json")))
@@ -54,17 +59,14 @@ def _check_same_run(run: Run, folder: Path) -> None:
     changed = [
         f"{key}: {before.get(key)} → {now.get(key)}"
         for key in {**before, **now}
-        if before.get(key) != now.get(key) and not _may_change(key)
+        if before.get(key) != now.get(key)
+        and not any(key == allowed or key.startswith(allowed + ".") for allowed in may_change)
     ]
     if changed:
         raise ConfigError(
             f"{run.output}: holds a run with other settings ({'; '.join(changed)}); "
             "change them back to go on with it, or give another output"
         )
-
-
-def _may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

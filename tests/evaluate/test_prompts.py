@@ -129,6 +129,6 @@ def test_text_in_an_answer_that_spans_tokens_is_kept_whole(tokenizer: Any) -> No
     from bigtune.data.conversation import Conversation
 
     turns = (Message("user", "Naïve?"), Message("assistant", "é🙂"))
-    ((prompt, answer),) = encode([Conversation(turns, Path("x"), 1)], "plain", tokenizer)
+    ((prompt, answer),) = encode([Conversation(turns, "x", 1)], "plain", tokenizer)
     assert tokenizer.decode(prompt) == "Naïve?\nAnswer:"
     assert tokenizer.decode(answer) == " é🙂\n\n"

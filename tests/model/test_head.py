@@ -1,5 +1,6 @@
 """The chunked loss head computes what full logits and cross-entropy compute, and refuses what it cannot."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from bigtune.model import head
 from bigtune.model.head import LossHead, replace_head
 
 TOKENS, WIDTH, VOCABULARY = 11, 24, 53
+WEIGHTS = (0.3, 1.0, 2.0, 0.0, 1.0, 0.7, 0.2, 2.5, 0.5, 0.1, 1.0)
 
 
 def problem(
@@ -33,21 +35,25 @@ def problem(
     return hidden, layer, torch.randint(VOCABULARY, (tokens,))
 
 
-def by_head(dtype: torch.dtype, scale: float = 1.0, **shape: Any) -> list[torch.Tensor]:
+def by_head(
+    dtype: torch.dtype, scale: float = 1.0, weights: Sequence[float] = WEIGHTS, **shape: Any
+) -> list[torch.Tensor]:
     """Loss and gradients of hidden states, weight and bias; the loss is scaled before backward."""
     hidden, layer, targets = problem(dtype, **shape)
     module = LossHead(layer)
-    loss = module(hidden, targets)
+    loss = module(hidden, targets, torch.tensor(weights[: len(targets)], dtype=torch.float32))
     assert (loss.dtype, loss.shape) == (torch.float32, ())
     (loss * scale).backward()
     return [loss.detach(), *(tensor.grad for tensor in (hidden, *layer.parameters()) if tensor.grad is not None)]
 
 
-def by_full_logits(scale: float = 1.0, exact: torch.dtype = torch.float32, **shape: Any) -> list[torch.Tensor]:
+def by_full_logits(
+    scale: float = 1.0, exact: torch.dtype = torch.float32, weights: Sequence[float] = WEIGHTS, **shape: Any
+) -> list[torch.Tensor]:
     """The same in one piece, from the values that `exact` rounds the problem to, computed in float64."""
     hidden, layer, targets = problem(exact, **shape)
     leaves = [tensor.detach().double().requires_grad_() for tensor in (hidden, *layer.parameters())]
-    loss = cross_entropy(linear(*leaves), targets, reduction="sum")
+    loss = (cross_entropy(linear(*leaves), targets, reduction="none") * torch.tensor(weights).double()).sum()
     (loss * scale).backward()
     return [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
@@ -96,8 +102,41 @@ def test_bfloat16_is_within_its_own_rounding(chunk_tokens: int, monkeypatch: pyt
 
 def test_large_logits_do_not_overflow() -> None:
     hidden, layer, targets = problem(torch.float32)
-    loss = LossHead(layer)((hidden * 1e4).detach(), targets)
+    loss = LossHead(layer)((hidden * 1e4).detach(), targets, torch.ones(TOKENS))
     assert torch.isfinite(loss)
+
+
+def plain(dtype: torch.dtype) -> list[torch.Tensor]:
+    """The head's arithmetic on one chunk, from before there were weights."""
+    hidden, layer, targets = problem(dtype)
+    with torch.no_grad():
+        logits = linear(hidden, *layer.parameters()).float()
+        log_sum = torch.logsumexp(logits, dim=-1)
+        loss = (log_sum - logits.gather(1, targets[:, None]).squeeze(1)).sum()
+        slope = (logits - log_sum[:, None]).exp()
+        slope[torch.arange(TOKENS), targets] -= 1.0
+        rounded = slope.to(dtype)
+        zeros = torch.zeros_like(layer.weight)
+        weight_gradient = zeros.addmm_(rounded.T, hidden) if dtype == torch.float32 else rounded.T @ hidden
+        return [loss, rounded @ layer.weight, weight_gradient, slope.sum(0).to(dtype)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_one_change_no_bit(dtype: torch.dtype) -> None:
+    for one, other in zip(by_head(dtype, weights=[1.0] * TOKENS), plain(dtype), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_two_give_twice_the_loss_and_gradients_to_the_last_bit(dtype: torch.dtype) -> None:
+    for one, two in zip(by_head(dtype, weights=[1.0] * TOKENS), by_head(dtype, weights=[2.0] * TOKENS), strict=True):
+        assert torch.equal(2 * one, two)
+
+
+def test_a_head_that_forgets_the_weights_would_fail() -> None:
+    """The mutation: loss and every gradient depend on them."""
+    for one, other in zip(by_head(torch.float32, weights=[1.0] * TOKENS), by_full_logits(), strict=True):
+        assert relative(one, other) > 0.05
 
 
 SMALL: dict[str, Any] = {

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from bigtune.train.metrics import MetricsLog
+from bigtune.data.collate import collate
+from bigtune.data.rows import Row
+from bigtune.train.metrics import MetricsLog, Totals, reduce_totals
+from tests.stores import document
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -22,8 +25,8 @@ def log(tmp_path: Path) -> MetricsLog:
     return MetricsLog(tmp_path / "metrics.jsonl", time.monotonic())
 
 
-def hold(log: MetricsLog, step: int, loss_sum: float, supervised: int = 4, **more: Any) -> None:
-    log.hold(loss_sum, step=step, loss=None, supervised_tokens=supervised, **more)
+def hold(log: MetricsLog, step: int, loss_sum: float, weight: float = 4.0, **more: Any) -> None:
+    log.hold(loss_sum, weight, step=step, loss=None, **more)
 
 
 def test_a_line_is_written_once_its_loss_is_known(log: MetricsLog, tmp_path: Path) -> None:
@@ -31,7 +34,7 @@ def test_a_line_is_written_once_its_loss_is_known(log: MetricsLog, tmp_path: Pat
     assert not (tmp_path / "metrics.jsonl").exists()
     assert log.held_loss == 8.0
     log.complete(10.0)  # with the other ranks' 2.0
-    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5, "supervised_tokens": 4}]
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
     assert log.held_loss == 0.0
     log.complete(10.0)  # nothing is held any more
     hold(log, 2, 3.0)
@@ -40,8 +43,27 @@ def test_a_line_is_written_once_its_loss_is_known(log: MetricsLog, tmp_path: Pat
     assert lines(tmp_path / "metrics.jsonl")[1]["loss"] == 0.75
 
 
+def test_a_loss_is_divided_by_the_weight_of_its_own_step(log: MetricsLog, tmp_path: Path) -> None:
+    hold(log, 1, 3.0, weight=0.5)
+    log.complete(3.0)
+    hold(log, 2, 3.0, weight=12.0)
+    log.complete(3.0)
+    assert [line["loss"] for line in lines(tmp_path / "metrics.jsonl")] == [6.0, 0.25]
+
+
+def test_one_reduction_sums_a_step_with_the_loss_held_from_the_last() -> None:
+    rows = [
+        Row((0, 1), (document(range(10), (7, 10)), document(range(20), (18, 20), weights=[2.0]))),
+        Row((2,), (document(range(30), (26, 30), weights=[0.5]),)),
+    ]
+    batches = [collate([row]) for row in rows] + [collate([])]
+    assert reduce_totals(batches, stop=False, held_loss=7.5) == Totals(9, 9.0, 60, False, 7.5)
+    assert reduce_totals(batches[1:], stop=True, held_loss=0.0) == Totals(4, 2.0, 30, True, 0.0)
+    assert reduce_totals([], stop=False, held_loss=0.0) == Totals(0, 0.0, 0, False, 0.0)
+
+
 def test_a_step_without_supervised_tokens_has_a_loss_of_zero(log: MetricsLog, tmp_path: Path) -> None:
-    hold(log, 1, 0.0, supervised=0)
+    hold(log, 1, 0.0, weight=0.0)
     log.complete(0.0)
     assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 0.0
 

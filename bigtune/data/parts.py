@@ -1,0 +1,160 @@
+"""One chunk of a source file → one part of the document store. Worker processes run this, one chunk at a time."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from bigtune.config import Clean, Source
+from bigtune.data.chat import ChatFormat, Encoded
+from bigtune.data.conversation import Conversation
+from bigtune.data.features import feature_schema, features
+from bigtune.data.files import Chunk, rows_of
+from bigtune.data.formats import BadRow, conversations_of
+from bigtune.data.overlap import Overlap
+from bigtune.data.store import SCHEMA, PartCounts, write_part
+from bigtune.errors import DataError
+
+BATCH_CHARACTERS = 2**20
+"""Text that is tokenised at once: what the tokenizer keeps of it on the way takes a hundred times as many bytes."""
+
+MAX_CHARACTERS = 2**23
+"""Of one conversation: tokenising takes about a gibibyte for as many."""
+
+REFUSED = "refused by the chat template"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a row becomes; goes to the worker processes."""
+
+    chat: ChatFormat
+    sources: tuple[Source, ...]
+    clean: Clean
+    overlap: Overlap | None
+
+
+@dataclass
+class Collected:
+    """Documents and what they came from, side by side."""
+
+    documents: list[Encoded] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)  # positions in `conversations`
+    conversations: list[Conversation] = field(default_factory=list)
+    bad: list[tuple[int, str, str]] = field(default_factory=list)
+    rows: int = 0
+    split_rows: int = 0
+
+
+def make_part(recipe: Recipe, chunk: Chunk, path: Path) -> PartCounts:
+    """Write the part of a chunk, and return its counts.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    collected = collect(recipe, chunk)
+    counts = _counts(collected)
+    write_part(path, _record_batch(collected, recipe), counts)
+    return counts
+
+
+def collect(recipe: Recipe, chunk: Chunk) -> Collected:
+    """The documents of a chunk, in the order of its rows; rows that cannot be used are told of."""
+    collected = Collected()
+    for batch in _batches(_conversations(recipe, chunk, collected)):
+        for conversation, result in zip(batch, recipe.chat.encode(batch), strict=True):
+            if isinstance(result, DataError):
+                told = str(result).removeprefix(f"{conversation.where}: ")  # parts know no paths
+                collected.bad.append((conversation.row, REFUSED, told))
+                continue
+            collected.owners += [len(collected.conversations)] * len(result)
+            collected.conversations.append(conversation)
+            collected.documents += result
+            collected.parts += range(len(result))
+            collected.split_rows += len(result) > 1
+    collected.bad.sort()
+    return collected
+
+
+def _conversations(recipe: Recipe, chunk: Chunk, collected: Collected) -> Iterator[Conversation]:
+    source = recipe.sources[chunk.file.source]
+    for row, value in rows_of(chunk):
+        collected.rows += 1
+        try:
+            made = conversations_of(value, chunk.file.path, row, source)
+            for conversation in made:
+                if (size := _characters(conversation)) > MAX_CHARACTERS:
+                    raise BadRow("too large", f" ({size:,} characters, at most {MAX_CHARACTERS:,}); cut it up")
+        except BadRow as bad:
+            collected.bad.append((row, bad.reason, f"{bad.reason}{bad.detail}"))
+        else:
+            yield from made
+
+
+def _characters(conversation: Conversation) -> int:
+    return len(conversation.text) + sum(len(message.content) for message in conversation.messages)
+
+
+def _batches(conversations: Iterator[Conversation]) -> Iterator[list[Conversation]]:
+    batch: list[Conversation] = []
+    size = 0
+    for conversation in conversations:
+        batch.append(conversation)
+        size += _characters(conversation)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _counts(collected: Collected) -> PartCounts:
+    lengths = [len(document.input_ids) for document in collected.documents]
+    return PartCounts(
+        rows=collected.rows,
+        documents=len(lengths),
+        conversations=sum(bool(collected.conversations[owner].messages) for owner in collected.owners),
+        tokens=sum(lengths),
+        supervised_tokens=sum(document.supervised for document in collected.documents),
+        longest_tokens=max(lengths, default=0),
+        highest_token=max((int(document.input_ids.max(initial=0)) for document in collected.documents), default=0),
+        split_rows=collected.split_rows,
+        bad=collected.bad,
+    )
+
+
+def _record_batch(collected: Collected, recipe: Recipe) -> pa.RecordBatch:
+    owners = pa.array(collected.owners, pa.int64())
+    of = [collected.conversations[owner] for owner in collected.owners]
+    columns = [
+        _lists([document.input_ids for document in collected.documents], pa.int32()),
+        _lists([document.spans.reshape(-1) for document in collected.documents], pa.int32()),
+        _lists([document.weights for document in collected.documents], pa.float32()),
+        pa.array([document.supervised for document in collected.documents], pa.int32()),
+        pa.array([conversation.row for conversation in of], pa.int64()),
+        pa.array(collected.parts, pa.int16()),
+        pa.array([conversation.content_hash for conversation in of], pa.uint64()),
+        pa.array([_hash(conversation.id) if conversation.id else 0 for conversation in of], pa.uint64()),
+    ]
+    schema = list(SCHEMA)
+    extra = feature_schema(recipe.clean)
+    if extra:
+        made = features(collected.conversations, recipe.clean, recipe.overlap)
+        columns += [made[column.name].take(owners) for column in extra]
+        schema += extra
+    return pa.record_batch(columns, schema=pa.schema(schema))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _lists(arrays: Sequence[Any], kind: Any) -> Any:
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64).astype(np.int32)
+    values = np.concatenate(arrays) if arrays else np.empty(0)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind))

@@ -1,0 +1,1 @@
+"""What goes into the model, made visible: gathered as values, shown in a terminal or on a page."""

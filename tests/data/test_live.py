@@ -1,0 +1,242 @@
+"""A stream of raw files has each document once an epoch, in an order that nothing but the seed decides."""
+
+import dataclasses
+import functools
+import gzip
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bigtune.config import Data, TrainingSource, resolve
+from bigtune.data import live
+from bigtune.data.live import LiveRows
+from bigtune.data.parts import Recipe
+from bigtune.data.prepare import recipe_of
+from bigtune.data.rows import Position
+from bigtune.errors import BigtuneError, ConfigError, DataError
+
+
+def texts(count: int, start: int = 0) -> list[dict[str, str]]:
+    return [
+        {"question": f"Number {i}?", "answer": f"It is {i}. " + "four " * (i % 23)} for i in range(start, start + count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows 0 to 2,999 in files of four kinds, two of which are read from their start alone."""
+    path = tmp_path_factory.mktemp("raw")
+    lines = "".join(json.dumps(row) + "\n" for row in texts(1200))
+    (path / "a.jsonl").write_text(lines)
+    pq.write_table(pa.Table.from_pylist(texts(800, 1200)), path / "b.parquet", row_group_size=50)
+    (path / "c.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in texts(600, 2000)).encode()))
+    (path / "d.json").write_text(json.dumps(texts(400, 2600)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks and windows of a few dozen rows, so that little data has many of them; all in this process."""
+    monkeypatch.setattr(live, "BLOCK_BYTES", 2048)
+    monkeypatch.setattr(live, "WINDOW_BYTES", 8192)
+    monkeypatch.setattr(live, "ROWS_A_WINDOW", 1)
+    opened = live.open_pool
+    monkeypatch.setattr(live, "open_pool", lambda workers, recipe: opened(0, recipe))
+
+
+def stream(folder: Path, model_path: Path, seed: int = 3, **settings: Any) -> LiveRows:
+    settings = {"sequence_length": 128, **settings}
+    data = Data(sources=(TrainingSource(path=folder),), stream=True, **settings)
+    recipe = dataclasses.replace(_recipe(model_path), sources=data.sources, clean=data.clean)
+    return LiveRows(data, recipe, seed)
+
+
+@functools.cache
+def _recipe(model_path: Path) -> Recipe:
+    return recipe_of(Data(sources=(TrainingSource(path=model_path),)), model_path, ())
+
+
+def epoch_of(rows: LiveRows, start: Position, epoch: int = 0) -> Iterator[tuple[Position, tuple[int, ...]]]:
+    """Positions and documents of the rows from `start` to the end of an epoch."""
+    position = start
+    while True:
+        [row], after = rows.take(position, 1)
+        if after.epoch > epoch:
+            return
+        yield after, row.indices
+        position = after
+
+
+def test_each_document_once_an_epoch_and_another_order_in_the_next(folder: Path, model_path: Path) -> None:
+    rows = stream(folder, model_path)
+    first = [index for _, indices in epoch_of(rows, Position()) for index in indices]
+    assert len(first) == len(set(first)) == 3000
+    second = [index for _, indices in epoch_of(rows, Position(1), 1) for index in indices]
+    assert set(second) == set(first) and second != first
+    assert first != [i for _, ids in epoch_of(stream(folder, model_path, seed=4), Position()) for i in ids]
+
+
+def test_the_words_of_every_row_are_there(folder: Path, model_path: Path, tokenizer: Any) -> None:
+    rows = stream(folder, model_path)
+    said: Counter[str] = Counter()
+    position = Position()
+    while True:
+        taken, position = rows.take(position, 1)
+        if position.epoch:
+            break
+        said.update(tokenizer.decode(document.input_ids) for document in taken[0].documents)
+    expected = [f"### Instruction:\n{row['question']}\n\n### Response:\n{row['answer']}<|end|>" for row in texts(3000)]
+    assert said == Counter(expected)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_a_stream_goes_on_from_any_position_as_if_never_stopped(folder: Path, model_path: Path, count: int) -> None:
+    whole = list(epoch_of(stream(folder, model_path), Position()))
+    for at in range(0, len(whole) - count, len(whole) // 7):
+        position = Position.from_json(json.loads(json.dumps(whole[at][0].to_json())))
+        rows, _ = stream(folder, model_path).take(position, count)
+        assert [row.indices for row in rows] == [indices for _, indices in whole[at + 1 : at + 1 + count]]
+
+
+def test_going_on_makes_one_window_again_and_reads_no_other(
+    folder: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = list(epoch_of(stream(folder, model_path), Position()))
+    position = next(position for position, _ in whole if position.window == 2 and position.row)
+    made: list[Position] = []
+    make = live.make_window
+
+    def counted(recipe: Any, spec: Any, items: Any, place: Position) -> Any:
+        made.append(place)
+        return make(recipe, spec, items, place)
+
+    monkeypatch.setattr(live, "make_window", counted)
+    stream(folder, model_path).take(position, 1)
+    assert made[0] == Position(position.epoch, 0, position.shard, position.window)
+    assert len(made) <= live.AHEAD + 2
+
+
+def test_worker_processes_give_the_same_rows(folder: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = stream(folder, model_path)
+    expected, _ = here.take(Position(), 40)
+    monkeypatch.undo()
+    monkeypatch.setattr(live, "BLOCK_BYTES", 2048)
+    monkeypatch.setattr(live, "WINDOW_BYTES", 8192)
+    monkeypatch.setattr(live, "ROWS_A_WINDOW", 1)
+    there = stream(folder, model_path, workers=2)
+    try:
+        rows, _ = there.take(Position(), 40)
+    finally:
+        there.close()
+    assert [row.indices for row in rows] == [row.indices for row in expected]
+
+
+def test_long_documents_are_split_and_counted(folder: Path, model_path: Path) -> None:
+    def tokens(rows: LiveRows) -> int:
+        total, position = 0, Position()
+        while True:
+            taken, position = rows.take(position, 1)
+            if position.epoch:
+                return total
+            total += sum(row.supervised for row in taken)
+
+    dropping = stream(folder, model_path, sequence_length=40)
+    splitting = stream(folder, model_path, sequence_length=40, on_long_document="split")
+    whole = stream(folder, model_path)
+    assert tokens(dropping) < tokens(splitting) == tokens(whole)
+    assert "documents longer than 40 tokens" in dropping.losses() and not splitting.losses()
+
+
+def test_bad_rows_are_named_or_counted(tmp_path: Path, model_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts(50)) + '{"frage": 1}\n')
+    with pytest.raises(DataError, match=r"a.jsonl \(from byte [\d,]+ on\), row \d+: unknown format .*on_bad_row: skip"):
+        stream(tmp_path, model_path).take(Position(), 30)
+    rows = stream(tmp_path, model_path, on_bad_row="skip")
+    list(epoch_of(rows, Position()))
+    assert rows.lost["unknown format"] >= 1 and "unknown format" in rows.losses()
+
+
+def test_held_out_rows_and_rows_by_themselves_are_left_out(folder: Path, model_path: Path) -> None:
+    rows = stream(folder, model_path, holdout=0.25, clean={"min_answer_characters": 20})
+    kept = [index for _, indices in epoch_of(rows, Position()) for index in indices]
+    assert 1500 < len(kept) < 2400
+    assert rows.lost["held out"] > 500 and rows.lost["answers of fewer than 20 characters"] > 50
+
+
+def test_sources_with_nothing_to_learn_are_refused(tmp_path: Path, model_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No", "train": False}]
+    (tmp_path / "a.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 30)
+    with pytest.raises(DataError, match=r"nothing to train on in a whole epoch \(.*nothing supervised"):
+        stream(tmp_path, model_path).take(Position(), 1)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "four " * 40, "answer": "4"}) + "\n")
+    with pytest.raises(DataError, match="are supervised, less than data.min_supervised"):
+        stream(tmp_path, model_path, min_supervised=0.5).require_supervised()
+
+
+def test_a_file_that_changes_is_noticed(tmp_path: Path, model_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts(400)))
+    rows = stream(tmp_path, model_path)
+    rows.take(Position(), 1)
+    before = rows.fingerprint
+    with path.open("a") as file:
+        file.write(json.dumps(texts(1)[0]) + "\n")
+    with pytest.raises(DataError, match=r"a.jsonl: changed since the run started"):
+        rows.take(Position(1), 1)
+    assert stream(tmp_path, model_path).fingerprint != before
+
+
+def test_a_moved_file_has_the_same_fingerprint(tmp_path: Path, model_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts(40)))
+    os.utime(tmp_path / "two" / "a.jsonl", (1, 1))
+    one, two = (stream(tmp_path / name, model_path) for name in ("one", "two"))
+    assert one.fingerprint == two.fingerprint
+    assert stream(tmp_path / "one", model_path, on_long_document="split").fingerprint != one.fingerprint
+
+
+def run_file(**data: Any) -> dict[str, Any]:
+    return {
+        "model": {"path": "m"},
+        "data": {"sources": [{"path": "a.jsonl"}], "stream": True, **data},
+        "train": {"steps": 1},
+        "output": "o",
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"clean": {"near_duplicates": 0.8}}, "clean.near_duplicates needs the rows before"),
+        ({"clean": {"exact_duplicates": True}}, "clean.exact_duplicates needs the rows before"),
+        ({"clean": {"same_answer_at_most": 2}}, "clean.same_answer_at_most needs the answers before"),
+        ({"holdout": 100}, "holdout as a number of rows needs all rows"),
+        ({"sources": [{"path": "a", "weight": 1.0}]}, "sources.weight needs the number of tokens of each source"),
+        ({"sources": [{"path": "a", "max_documents": 5}]}, "sources.max_documents needs all rows"),
+    ],
+)
+def test_what_needs_the_whole_data_first_is_refused_with_the_reason(settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        resolve(run_file(**settings))
+    assert "data.stream: false" in str(caught.value) or "stream: false" in str(caught.value)
+    with pytest.raises(ConfigError, match="give train.steps"):
+        resolve({**run_file(), "train": {"epochs": 1}})
+    resolve(run_file(holdout=0.1, clean={"min_tokens": 3}))
+
+
+def lines(path: Path, rows: Iterable[Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_empty_sources_are_one_line(tmp_path: Path, model_path: Path) -> None:
+    lines(tmp_path / "a.jsonl", [])
+    with pytest.raises(BigtuneError, match="nothing to train on in a whole epoch"):
+        stream(tmp_path, model_path).take(Position(), 1)
