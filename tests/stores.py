@@ -1,5 +1,6 @@
 """Document stores made by hand: of known lengths and tokens, without a tokenizer."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def make_store(path: Path, *sources: Sequence[Document], parts: int = 1, chosen:
     for s, documents in enumerate(sources):
         names = []
         edges = np.linspace(0, len(documents), parts + 1).astype(int)
-        for part, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for part, (start, end) in enumerate(itertools.pairwise(edges)):
             names.append(f"{s}-{part:05d}")
             write_part(path / PARTS / names[-1], batch_of(documents[start:end], int(start) + 1, content), PartCounts())
             content += int(end - start)

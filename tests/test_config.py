@@ -145,7 +145,7 @@ def test_overrides_reach_any_depth_and_sections_that_the_file_leaves_out(tmp_pat
     assert run.optim.betas == (0.5, 0.6)
     assert run.data.sources[0].path == Path("other.jsonl")
     assert run.checkpoint.every_steps == 5
-    assert run.evaluate is not None
+    assert run.evaluate is not None and run.evaluate.sources is not None
     assert run.evaluate.sources[0].path == Path("held.jsonl")
     assert run.output == Path("runs/second")
     assert (run.train.steps, run.train.epochs) == (7, None)

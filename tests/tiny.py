@@ -5,11 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bigtune.config import Run, resolve
-from bigtune.data.store import Document
-from bigtune.data.stream import Row
 
 VOCABULARY = 320
 
@@ -97,21 +93,3 @@ def tiny_run(folder: Path, **changes: Any) -> Run:
         else:
             tree[section] = value
     return resolve(tree)
-
-
-def random_rows(supervised: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]], seed: int = 0) -> list[Row]:
-    """Packed rows of random tokens: for each row, each document's length and how many of its last are supervised."""
-    random = np.random.default_rng(seed)
-    return [
-        Row(
-            tuple(range(len(row))),
-            tuple(
-                Document(
-                    random.integers(2, VOCABULARY, length).astype(np.int32),
-                    np.array([[length - count, length]] if count else np.empty((0, 2)), dtype=np.int32),
-                )
-                for count, length in zip(counts, row, strict=True)
-            ),
-        )
-        for counts, row in zip(supervised, lengths, strict=True)
-    ]

@@ -2,8 +2,9 @@
 
     python trl_side.py ROWS.jsonl MODEL SEQUENCE_LENGTH PROCESSES MASKED
 
-Prints JSON: rows, real tokens, packing efficiency, tokens that are learnt. ROWS has a list `messages` a row; with MASKED=1
-only the last answer is learnt (conversational prompt and completion), with MASKED=0 all tokens are, which is cheaper.
+Prints JSON: rows, real tokens, packing efficiency, tokens that are learnt. ROWS has a list `messages` a row; with
+MASKED=1 only the last answer is learnt (conversational prompt and completion), with MASKED=0 all tokens are, which is
+cheaper.
 """
 
 import json

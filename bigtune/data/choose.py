@@ -52,7 +52,7 @@ def choose(columns: Columns, clean: Clean, holdout: float | int | None) -> Choic
     chosen = np.flatnonzero(kept[owner] & (supervised > 0)) if len(owner) else np.empty(0, np.int64)
     silent = np.flatnonzero(~held & ~learnt)
     counts = {NOTHING_SUPERVISED: len(silent)} if len(silent) else {}
-    removed = [(int(first[row]), NOTHING_SUPERVISED, None) for row in silent]
+    removed: list[tuple[int, str, int | None]] = [(int(first[row]), NOTHING_SUPERVISED, None) for row in silent]
     for i in np.flatnonzero(~removals.kept).tolist():
         removal = removals[i]
         assert removal is not None

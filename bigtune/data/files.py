@@ -58,7 +58,7 @@ def read_chunks(file: SourceFile, chunk_bytes: int) -> Iterator[Chunk]:
 
 
 def rows_of(chunk: Chunk) -> Iterator[tuple[int, Any]]:
-    """Row numbers and rows: a decoded value, the undecoded bytes of a line of JSON, or a `BadRow` in its place."""
+    """Row numbers and rows: a value, the undecoded bytes of a JSON value, or a `BadRow` in its place."""
     if chunk.file.kind == "jsonl":
         for number, line in enumerate(chunk.payload.split(b"\n"), chunk.first_row):
             line = line.removeprefix(BOM)
@@ -215,12 +215,12 @@ def _lines_from(path: str, start: int, end: int) -> bytes:
         return lines
 
 
-def _values(pieces: Iterator[bytes], path: str, chunk_bytes: int) -> Iterator[tuple[list[Any], int]]:
-    values: list[Any] = []
+def _values(pieces: Iterator[bytes], path: str, chunk_bytes: int) -> Iterator[tuple[list[bytes], int]]:
+    values: list[bytes] = []
     size = 0
-    for value, characters in json_array.read_array(pieces, path, MAX_ROW_BYTES):
+    for value in json_array.read_array(pieces, path, MAX_ROW_BYTES):
         values.append(value)
-        size += characters
+        size += len(value)
         if size >= chunk_bytes:
             yield values, len(values)
             values, size = [], 0

@@ -1,28 +1,26 @@
 """One JSON array → its values, one after the other, without ever holding the whole file.
 
-Values are what `json.loads` makes of them. The decoder is tried on the text read so far; what it says near
-the end of that text may only be for want of the rest, and is then asked again with more of it.
+Values stay undecoded, for another process to decode; here the decoder only finds where they end. It is tried on
+the text read so far; what it says near the end of that text may only be for want of the rest, and it is then
+asked again with more of it.
 """
 
 import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from bigtune.data.sources import UnreadableFile
-from bigtune.data.values import BadRow
 
 MARGIN = 32  # characters; a number, a literal or an escape that is cut off is reported within so many of the end
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_BROKEN = re.compile("[\udc80-\udcff]")  # what is no UTF-8, as `surrogateescape` decodes it
 _DECODER = json.JSONDecoder()
 _DIGITS = json.JSONDecoder(parse_int=len)  # for values whose integers Python refuses to convert
 
 
-def read_array(pieces: Iterable[bytes], path: str, max_row: int) -> Iterator[tuple[Any, int]]:
-    """The values of the array, each with the characters it took; a `BadRow` in place of one that is not UTF-8.
+def read_array(pieces: Iterable[bytes], path: str, max_row: int) -> Iterator[bytes]:
+    """The values of the array, as they are written, UTF-8 or not.
 
     Raises:
         UnreadableFile: the array is broken or cut off, or one value has more than `max_row` characters.
@@ -47,6 +45,7 @@ def read_array(pieces: Iterable[bytes], path: str, max_row: int) -> Iterator[tup
 
 
 def _texts(pieces: Iterable[bytes]) -> Iterator[str]:
+    """What is no UTF-8 becomes half surrogate pairs, each of which stands for one byte."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     for piece in pieces:
         yield decoder.decode(piece)
@@ -80,13 +79,13 @@ class _Window:
         self._at += len(found)
         return found
 
-    def value(self, max_row: int) -> tuple[Any, int]:
-        """The next value and its length in characters."""
+    def value(self, max_row: int) -> bytes:
+        """The next value."""
         self.peek()
         while True:
-            problem, value = "", None
+            problem = ""
             try:
-                value, end = _decode(self._text, self._at)
+                end = _end_of(self._text, self._at)
             except json.JSONDecodeError as error:
                 problem = error.msg
                 end = len(self._text) if problem.startswith("Unterminated string") else error.pos
@@ -98,9 +97,7 @@ class _Window:
         if problem:
             raise ValueError(problem)
         start, self._at = self._at, end
-        if not self._text.isascii() and _BROKEN.search(self._text, start, end):
-            value = BadRow("not UTF-8")
-        return value, end - start
+        return self._text[start:end].encode("utf-8", "surrogateescape")
 
     def _grow(self) -> None:
         """To twice the length at least, so that a long value is tried few times."""
@@ -114,10 +111,10 @@ class _Window:
         self._text, self._at = "".join(parts), 0
 
 
-def _decode(text: str, at: int) -> tuple[Any, int]:
+def _end_of(text: str, at: int) -> int:
     try:
-        return _DECODER.raw_decode(text, at)
+        return _DECODER.raw_decode(text, at)[1]
     except json.JSONDecodeError:
         raise
     except ValueError:  # the one kind left: Python bounds the digits of an integer
-        return BadRow("broken JSON", " (an integer of thousands of digits)"), _DIGITS.raw_decode(text, at)[1]
+        return _DIGITS.raw_decode(text, at)[1]

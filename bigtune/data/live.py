@@ -119,7 +119,7 @@ class LiveRows:
         return rows, self._after
 
     def epochs_at(self, position: Position) -> float:
-        """How many epochs were read before a position: about, since the windows of a file without blocks come as such."""
+        """How many epochs were read before a position, about: files without blocks have unknown numbers of windows."""
         windows = max(1.0, len(self._blocks) / self.shards / self._blocks_a_window)
         return position.epoch + (position.shard + min(1.0, position.window / windows)) / self.shards
 

@@ -85,7 +85,9 @@ def cut(documents: Documents, data: Data) -> Pieces:
     elif len(long):
         dropped[f"documents longer than {room:,} tokens"] = len(long)
     sizes = np.minimum(lengths[of] - starts, room)
-    learnt = np.array([_supervised(documents, *piece) for piece in zip(of, starts, sizes, strict=True)], dtype=np.int32)
+    learnt = np.array(
+        [_supervised(documents, *map(int, piece)) for piece in zip(of, starts, sizes, strict=True)], dtype=np.int32
+    )
     if silent := int((learnt == 0).sum()):
         dropped[f"{'ends' if data.on_long_document == 'truncate' else 'pieces'} with nothing supervised"] = silent
     kept = learnt > 0

@@ -317,8 +317,8 @@ def require_supervised(manifest: Manifest, data: Data) -> None:
             f"{names}: nothing to train on is left of {manifest.rows:,} rows ({why}); mend the rows or data"
         )
     raise DataError(
-        f"{names}: only {manifest.supervised_tokens:,} of {manifest.tokens:,} tokens ({share:.3%}) are supervised, less "
-        f"than data.min_supervised ({data.min_supervised:.3%}); see `bigtune inspect`, or lower it if that is meant"
+        f"{names}: only {manifest.supervised_tokens:,} of {manifest.tokens:,} tokens ({share:.3%}) are supervised, "
+        f"less than data.min_supervised ({data.min_supervised:.3%}); see `bigtune inspect`, or lower it if meant so"
     )
 
 
@@ -370,10 +370,11 @@ def _inputs(data: Data, model_path: Path, held_out: Sequence[Source], before: Ma
     tokenizer = [
         f"{name} {_hash_file(model_path / name)}" for name in TOKENIZER_INPUTS if (model_path / name).is_file()
     ]
-    facts = [f"store {VERSION}", *tokenizer, _template(data.chat_template)]
+    facts: list[Any] = [f"store {VERSION}", *tokenizer, _template(data.chat_template)]
     facts += [data.supervise, data.special_tokens, feature_identity(data.clean, None)]
     if data.clean.decontaminate:
-        facts += [data.holdout, *(hash_of(file) for file in resolve_sources(held_out)[0])]
+        facts.append(data.holdout)
+        facts += [*(hash_of(file) for file in resolve_sources(held_out)[0])]
         facts += [file.hash for file in hashed] if data.holdout else []
     recipe = _hash(facts)
     keys = [_part_key(file, data, recipe) if file.hash else file.file.path for file in hashed]

@@ -182,10 +182,11 @@ def write_store(
 ) -> None:
     """Make the parts that the manifest names the store at `path`, and remove all others."""
     names = [name for file in manifest.files for name in file["parts"]]
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": f"{PARTS}/{name}.arrow"} for name in names],
         "_fingerprint": manifest.fingerprint[:16],
-        "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None,
+        "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False,
+        "_split": None,
     }  # fmt: skip
     with writing(path):
         (path / MANIFEST).unlink(missing_ok=True)

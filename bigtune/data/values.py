@@ -21,7 +21,7 @@ class BadRow(Exception):
 
 
 def decode_line(line: bytes) -> Any:
-    """The value of one line of JSON.
+    """The value of a row of JSON.
 
     Raises:
         BadRow: it is no UTF-8 or no JSON.
@@ -29,7 +29,7 @@ def decode_line(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadRow("not UTF-8", f" (byte {error.start + 1} of the line)") from None
+        raise BadRow("not UTF-8", f" (byte {error.start + 1} of the row)") from None
     except json.JSONDecodeError as error:
         raise BadRow("broken JSON", f" ({error.msg}, column {error.colno})") from None
     except RecursionError:
@@ -132,5 +132,7 @@ def kind_of(value: Any) -> str:
 
 def shown(value: object) -> str:
     """A value as an error message quotes it: on one line, and short."""
-    text = repr(value[:60] if isinstance(value, str) else value)
-    return text if len(text) <= 70 else text[:67] + "…"
+    if not isinstance(value, str):
+        return kind_of(value)
+    text = repr(value[:60])
+    return text if len(value) <= 60 and len(text) <= 70 else text[:67] + "…"

@@ -36,7 +36,8 @@ def evaluate(
     A row whose prompt and answer (the reference, or `max_new_tokens`) exceed the model's context is left out
     of every score and counted in the report. `dtype` is float32 or bfloat16; by default bfloat16 on CUDA and
     float32 elsewhere. Rows of `data.sources` with a content hash lower than `below` are held out from training, and
-    are the questions where `evaluate` names none. `progress(stage, done, total)` is called with the stages `loss` and `generate`.
+    are the questions where `evaluate` names none. `progress(stage, done, total)` is called with the
+    stages `loss` and `generate`.
 
     Raises:
         DataError: a source is wrong or empty, there are too few examples, or no row fits the context.

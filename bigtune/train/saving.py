@@ -90,7 +90,7 @@ class Saver:
         return {"trainer.json": to_json(trainer), "data.json": to_json(data), "run.yaml": self.run.to_yaml()}
 
     def _read_model_files(self) -> Mapping[str, bytes]:
-        """What makes a model of the weights; with the chat template that was learnt, where it is not the model's own."""
+        """What makes a model of the weights; with the chat template that was learnt, where that is another one."""
         files = {name: path.read_bytes() for name, path in companion_files(self.run.model.path).items()}
         if self.rows.chat_template is not None:
             files["chat_template.jinja"] = self.rows.chat_template.encode()

@@ -89,7 +89,8 @@ QWEN_TOOL_TURN = r"""
 QWEN2_5 = (
     r"""
 {%- set own = messages[0].role == "system" %}
-{%- set opening = messages[0].content if own else "You are Qwen, created by Alibaba Cloud. You are a helpful assistant." %}
+{%- set opening = messages[0].content if own
+    else "You are Qwen, created by Alibaba Cloud. You are a helpful assistant." %}
 {{- "<|im_start|>system\n" + opening }}
 {%- if tools %}
     {{- "\n\n" }}"""

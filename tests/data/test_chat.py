@@ -18,7 +18,18 @@ MakeTokenizer = Callable[..., Any]
 def talk(*contents: str, system: str = "") -> Conversation:
     turns = [Message("system", system)] if system else []
     turns += [Message("assistant" if i % 2 else "user", content) for i, content in enumerate(contents)]
-    return Conversation(tuple(turns), Path("a.jsonl"), 7)
+    return Conversation(tuple(turns), "a.jsonl", 7)
+
+
+def encode(chat: ChatFormat, *conversations: Conversation) -> list[Encoded]:
+    """The documents of conversations that give one each; a refused row is raised."""
+    documents = []
+    for made in chat.encode(conversations):
+        if isinstance(made, DataError):
+            raise made
+        [document] = made
+        documents.append(document)
+    return documents
 
 
 def supervised(tokenizer: Any, document: Encoded) -> list[str]:
@@ -28,7 +39,7 @@ def supervised(tokenizer: Any, document: Encoded) -> list[str]:
 def test_every_answer_and_its_end_of_turn_are_supervised(tokenizer: Any, chatml: Any) -> None:
     conversation = talk("Hi", "Hello there.", "And?", "The sky is blue.", system="Be kind.")
     for made, end in ((tokenizer, "<|end|>"), (chatml, "<|im_end|>")):
-        [document] = ChatFormat.of(made).encode([conversation])
+        [document] = encode(ChatFormat.of(made), conversation)
         assert document.input_ids.dtype == document.spans.dtype == np.int32
         assert supervised(made, document) == [f"Hello there.{end}", f"The sky is blue.{end}"]
         assert document.supervised == sum(int(end - start) for start, end in document.spans)
@@ -38,7 +49,7 @@ def test_a_template_of_its_own_is_used_and_the_plain_one_is_told_of(tokenizer: A
     question = [Message("user", "Hi")]
     assert ChatFormat.of(chatml).prompt(question) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert ChatFormat.of(tokenizer).prompt(question) == "### Instruction:\nHi\n\n### Response:\n"
-    assert ChatFormat.of(tokenizer).is_default and not ChatFormat.of(chatml).is_default
+    assert (ChatFormat.of(tokenizer).name, ChatFormat.of(chatml).name) == ("plain", "model")
 
 
 # Answers that a tokenizer would merge with the prompt's end, and prompts that it splits by what follows.
@@ -52,28 +63,28 @@ def test_prompt_tokens_are_those_seen_at_inference(tokenizer: Any, lead: str, an
     ).replace("LEAD", repr(lead))
     chat = dataclasses.replace(ChatFormat.of(tokenizer), template=template)
     conversation = talk("Two plus two?\n", answer, "again?", answer)
-    [document] = chat.encode([conversation])
+    [document] = encode(chat, conversation)
     prompt = tokenizer(chat.prompt(conversation.messages[:1]), add_special_tokens=False).input_ids
     assert document.input_ids[: document.spans[0, 0]].tolist() == prompt
     assert supervised(tokenizer, document) == [answer + "<|end|>"] * 2
 
 
 def test_raw_text_is_supervised_whole_and_ended(tokenizer: Any, make_tokenizer: MakeTokenizer) -> None:
-    text = Conversation((), Path("a.jsonl"), 1, text="The sky is blue.")
-    [document] = ChatFormat.of(tokenizer).encode([text])
+    text = Conversation((), "a.jsonl", 1, text="The sky is blue.")
+    [document] = encode(ChatFormat.of(tokenizer), text)
     assert tokenizer.decode(document.input_ids) == "The sky is blue.<|end|>"
     assert document.spans.tolist() == [[1, len(document.input_ids)]]  # nothing predicts the first token
     begun = make_tokenizer(bos=True)
-    [document] = ChatFormat.of(begun).encode([text])
+    [document] = encode(ChatFormat.of(begun), text)
     assert begun.decode(document.input_ids) == "<s>The sky is blue.<|end|>"
 
 
 def test_many_documents_come_back_in_order(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer)
-    conversations = [talk("Hi", "one"), Conversation((), Path("a"), 1, text="two"), talk("Hi", "\n\nthree")]
-    together = chat.encode(conversations)
+    conversations = [talk("Hi", "one"), Conversation((), "a", 1, text="two"), talk("Hi", "\n\nthree")]
+    together = encode(chat, *conversations)
     for document, conversation in zip(together, conversations, strict=True):
-        [alone] = chat.encode([conversation])
+        [alone] = encode(chat, conversation)
         assert document.input_ids.tolist() == alone.input_ids.tolist()
         assert document.spans.tolist() == alone.spans.tolist()
     assert chat.encode([]) == []
@@ -81,20 +92,24 @@ def test_many_documents_come_back_in_order(tokenizer: Any) -> None:
 
 def test_a_question_without_an_answer_at_the_end_is_left_out(chatml: Any) -> None:
     chat = ChatFormat.of(chatml)
-    [document], [shorter] = chat.encode([talk("Hi", "Hello", "And?")]), chat.encode([talk("Hi", "Hello")])
+    document, shorter = encode(chat, talk("Hi", "Hello", "And?"), talk("Hi", "Hello"))
     assert document.input_ids.tolist() == shorter.input_ids.tolist()
 
 
-def test_a_template_that_drops_earlier_answers_is_refused_by_row(make_tokenizer: MakeTokenizer, chatml: Any) -> None:
-    made = make_tokenizer(chatml.chat_template.replace("m['content'] +", "(m['content'] if loop.last else '…') +"))
-    with pytest.raises(DataError, match=r"^a.jsonl, row 7: the chat template rewrites earlier turns"):
-        ChatFormat.of(made).encode([talk("Hi", "Hello", "And?", "Yes.")])
+def test_a_template_that_drops_earlier_answers_gives_a_document_an_answer(
+    make_tokenizer: MakeTokenizer, chatml: Any
+) -> None:
+    kept = "(m['content'] if loop.last or m['role'] == 'user' else '…') +"
+    made = make_tokenizer(chatml.chat_template.replace("m['content'] +", kept))
+    [documents] = ChatFormat.of(made).encode([talk("Hi", "Hello", "And?", "Yes.")])
+    assert not isinstance(documents, DataError)
+    assert [supervised(made, document) for document in documents] == [["Hello<|im_end|>"], ["Yes.<|im_end|>"]]
 
 
 def test_a_template_that_refuses_a_row_is_quoted(make_tokenizer: MakeTokenizer) -> None:
     made = make_tokenizer("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DataError, match=r"^a.jsonl, row 7: .*roles must alternate"):
-        ChatFormat.of(made).encode([talk("Hi", "Hello")])
+        encode(ChatFormat.of(made), talk("Hi", "Hello"))
 
 
 def test_a_tokenizer_without_an_end_is_refused(make_tokenizer: MakeTokenizer) -> None:

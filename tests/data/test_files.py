@@ -16,7 +16,6 @@ from bigtune.config import Source
 from bigtune.data import files, hub
 from bigtune.data.files import Block, Chunk, list_blocks, read_block, read_chunks, rows_of
 from bigtune.data.sources import SourceFile, UnreadableFile, resolve_sources
-from bigtune.data.values import BadRow
 from tests.data import containers
 from tests.data.containers import CONTAINERS
 
@@ -130,15 +129,18 @@ def test_a_broken_value_in_an_array_ends_the_reading_there_and_not_at_the_end(tm
         next(chunks)
 
 
-def test_a_value_of_an_array_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
-    values = read(written(tmp_path / "a.json", b'[{"text": "a"}, {"text": "caf\xe9"}, {"text": "\\udc80"}]'))
-    assert values[0] == {"text": "a"} and values[2] == {"text": "\udc80"}  # escaped, it is the row's own fault
-    assert isinstance(values[1], BadRow) and values[1].reason == "not UTF-8"
+def test_a_value_of_an_array_that_python_will_not_decode_is_one_row_still(tmp_path: Path) -> None:
+    odd = b'{"text": "caf\xe9"}', b"9" * 5000, b'{"text": "\\udc80"}', b'"\xe2\x82"'
+    path = written(tmp_path / "a.json", b"[1, " + b", ".join(odd) + b", 2]")
+    for chunk_bytes in (1, 1000):
+        chunks = read_chunks(found(path), chunk_bytes)
+        assert [value for chunk in chunks for _, value in rows_of(chunk)] == [b"1", *odd, b"2"]
 
 
-def test_an_integer_of_any_length_is_one_bad_row(tmp_path: Path) -> None:
-    values = read(written(tmp_path / "a.json", b"[1, " + b"9" * 5000 + b", 2]"))
-    assert (values[0], values[1].reason, values[2]) == (1, "broken JSON", 2)
+def test_a_deeply_nested_value_of_an_array_still_travels_to_another_process(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.json", b"[" + b"[" * 900 + b"]" * 900 + b"]")
+    [chunk] = read_chunks(found(path), 100)
+    assert len(pickle.dumps(chunk)) > 1800
 
 
 @pytest.mark.parametrize(

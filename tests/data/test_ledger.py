@@ -23,6 +23,7 @@ from bigtune.data import live, prepare
 from bigtune.data.live import LiveRows
 from bigtune.data.loader import Loader
 from bigtune.data.parts import Recipe
+from bigtune.data.pool import open_pool
 from bigtune.data.rows import Position, Row
 from bigtune.data.store import Store
 from bigtune.data.stream import RowStream
@@ -37,8 +38,8 @@ def consume(folder: Path, data: Data, recipe: Recipe, world: World, start: Posit
     rows: Any
     if data.stream:
         live.BLOCK_BYTES, live.WINDOW_BYTES, live.ROWS_A_WINDOW = 2048, 8192, 1
-        opened = live.open_pool
-        live.open_pool = lambda workers, recipe: opened(0, recipe)
+        opened = open_pool
+        vars(live)["open_pool"] = lambda workers, recipe: opened(0, recipe)
         rows = _Bounded(LiveRows(data, recipe, seed=7))
     else:
         rows = RowStream(Store.open(folder / "store"), data, seed=7, epochs=EPOCHS)
@@ -100,7 +101,8 @@ def test_each_document_is_learnt_once_an_epoch_whatever_happens(
     random.seed(1)
     context = multiprocessing.get_context("spawn")
     learnt: Counter[int] = Counter()
-    position, step, worlds = Position(), 0, []
+    position, step = Position(), 0
+    worlds: list[int] = []
     while position.epoch < EPOCHS:
         size = WORLDS[len(worlds) % len(WORLDS)]
         kill_after = random.randint(2, 12) if len(worlds) < 2 * len(WORLDS) else 10**6

@@ -18,6 +18,7 @@ from bigtune.config import Data, TrainingSource, resolve
 from bigtune.data import live
 from bigtune.data.live import LiveRows
 from bigtune.data.parts import Recipe
+from bigtune.data.pool import open_pool
 from bigtune.data.prepare import recipe_of
 from bigtune.data.rows import Position
 from bigtune.errors import BigtuneError, ConfigError, DataError
@@ -47,7 +48,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "BLOCK_BYTES", 2048)
     monkeypatch.setattr(live, "WINDOW_BYTES", 8192)
     monkeypatch.setattr(live, "ROWS_A_WINDOW", 1)
-    opened = live.open_pool
+    opened = open_pool
     monkeypatch.setattr(live, "open_pool", lambda workers, recipe: opened(0, recipe))
 
 
@@ -176,7 +177,7 @@ def test_sources_with_nothing_to_learn_are_refused(tmp_path: Path, model_path: P
     with pytest.raises(DataError, match=r"nothing to train on in a whole epoch \(.*nothing supervised"):
         stream(tmp_path, model_path).take(Position(), 1)
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "four " * 40, "answer": "4"}) + "\n")
-    with pytest.raises(DataError, match="are supervised, less than data.min_supervised"):
+    with pytest.raises(DataError, match=r"are supervised, less than data.min_supervised"):
         stream(tmp_path, model_path, min_supervised=0.5).require_supervised()
 
 
@@ -227,7 +228,7 @@ def test_what_needs_the_whole_data_first_is_refused_with_the_reason(settings: di
     with pytest.raises(ConfigError, match=why) as caught:
         resolve(run_file(**settings))
     assert "data.stream: false" in str(caught.value) or "stream: false" in str(caught.value)
-    with pytest.raises(ConfigError, match="give train.steps"):
+    with pytest.raises(ConfigError, match=r"give train.steps"):
         resolve({**run_file(), "train": {"epochs": 1}})
     resolve(run_file(holdout=0.1, clean={"min_tokens": 3}))
 

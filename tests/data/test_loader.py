@@ -60,7 +60,7 @@ class _Broken:
 def test_an_error_in_the_thread_reaches_the_loop(store: Store) -> None:
     with Loader(_Broken(), Position(), World(), 1, 2) as loader:  # type: ignore[arg-type]
         loader.next()
-        with pytest.raises(DataError, match="a.jsonl: gone"):
+        with pytest.raises(DataError, match=r"a.jsonl: gone"):
             loader.next()
 
 

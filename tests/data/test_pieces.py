@@ -103,7 +103,7 @@ def test_all_exhausted_repeats_small_sources(mixed: Store) -> None:
 
 
 def test_the_seed_decides_what_is_drawn_and_caps_hold_over_epochs(mixed: Store) -> None:
-    caps = {"caps": [None, 40, None]}
+    caps: dict[str, Any] = {"caps": [None, 40, None]}
     first = drawn(mixed, **caps)[1]
     assert len(first) == 190 and first == drawn(mixed, epoch=3, **caps)[1]
     assert drawn(mixed, seed=2, **caps)[1] != first

@@ -17,6 +17,7 @@ import pytest
 
 from bigtune.config import Clean, Data, Source, TrainingSource
 from bigtune.data import prepare as room
+from bigtune.data.parts import make_part
 from bigtune.data.prepare import prepare
 from bigtune.data.store import PARTS, REMOVED, Manifest, Store
 from bigtune.errors import ConfigError, DataError, ModelError
@@ -70,7 +71,7 @@ def contents(store: Path) -> dict[str, str]:
 def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of parts, as they are made in this process."""
     made: list[str] = []
-    make = room.make_part
+    make = make_part
 
     def counted(recipe: Any, chunk: Any, path: Path) -> Any:
         made.append(path.name)
@@ -235,7 +236,7 @@ def test_an_unreadable_file_is_named_or_counted(model_path: Path, tmp_path: Path
 def test_nothing_or_next_to_nothing_to_train_on_is_an_error(
     write_rows: WriteRows, model_path: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="nothing to train on is left of 0 rows .*the files are empty"):
+    with pytest.raises(DataError, match=r"nothing to train on is left of 0 rows .*the files are empty"):
         prepare(data(write_rows([])), model_path, tmp_path / "s")
     with pytest.raises(DataError, match=r"1 × unknown format"):
         prepare(data(write_rows([{"a": 1}]), on_bad_row="skip"), model_path, tmp_path / "s")
@@ -293,7 +294,7 @@ def test_training_rows_that_overlap_held_out_rows_are_removed(model_path: Path, 
     clean = Clean(decontaminate=8)
     made = prepare(data(path, clean=clean), model_path, tmp_path / "s", held_out=(Source(path=held_out),))
     assert made.removed == {"overlaps held-out rows": 1} and removed(tmp_path / "s")[0]["row"] == 11
-    with pytest.raises(ConfigError, match="compares with held-out rows: give evaluate.sources or data.holdout"):
+    with pytest.raises(ConfigError, match=r"compares with held-out rows: give evaluate.sources or data.holdout"):
         prepare(data(path, clean=clean), model_path, tmp_path / "s")
     inside = prepare(data(path, clean=clean, holdout=0.3), model_path, tmp_path / "s")
     assert inside.held_out > 0 and "overlaps held-out rows" in inside.removed
@@ -323,7 +324,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     path = written(tmp_path / "a.jsonl", many(50))
     old = time.time() - 60
     os.utime(path, (old, old))
-    make = room.make_part
+    make = make_part
 
     def growing(recipe: Any, chunk: Any, part: Path) -> Any:
         if chunk.index == 0:

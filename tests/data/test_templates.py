@@ -246,7 +246,7 @@ def test_other_roles_are_learnt_without_their_headers(name: str) -> None:
     documents = learn(name, talk("Two plus two?", FOUR, "Thanks.", "Bye."), supervise=("user",))
     assert isinstance(documents, list)
     [document] = documents
-    taught = [text_of(tokenizer_of(name), document.input_ids[start:end]) for start, end in document.spans]
+    taught = [text_of(tokenizer_of(name), document.input_ids[start:end].tolist()) for start, end in document.spans]
     assert taught == [f"Two plus two?{end}", f"Thanks.{end}"]
 
 

@@ -4,38 +4,38 @@ import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from bigtune.data.prepare import prepare
-from bigtune.data.store import Store
+from bigtune.data.rows import Rows
 from bigtune.errors import DataError, ModelError
-from bigtune.train.fit import check_fit
+from bigtune.train.fit import check_fit, open_rows
 from tests.tiny import VOCABULARY, tiny_run, tiny_tokenizer, write_rows
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     folder = tmp_path_factory.mktemp("fit")
     tiny_tokenizer(folder / "model")
     write_rows(folder / "rows.jsonl")
     run = tiny_run(folder)
     prepare(run.data, run.model.path, run.store)
-    return Store.open(run.store)
+    return open_rows(run)
 
 
-def test_what_fits_passes(store: Store) -> None:
-    longest = int(store.lengths.max())
+def test_what_fits_passes(store: Rows) -> None:
+    longest, _ = store.longest()
     check_fit(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=longest), store)
     check_fit(MistralConfig(vocab_size=VOCABULARY, sliding_window=longest), store)
     check_fit(Qwen2Config(vocab_size=VOCABULARY, use_sliding_window=False, sliding_window=4), store)
 
 
-def test_tokens_without_an_embedding(store: Store) -> None:
-    highest = store.manifest.highest_token
+def test_tokens_without_an_embedding(store: Rows) -> None:
+    highest = store.highest_token
     check_fit(LlamaConfig(vocab_size=highest + 1), store)
     with pytest.raises(ModelError, match=f"{highest} embeddings, but the tokenizer beside them gives token {highest}"):
         check_fit(LlamaConfig(vocab_size=highest), store)
 
 
-def test_documents_longer_than_the_context_or_a_window(store: Store) -> None:
-    longest = int(store.lengths.max())
+def test_documents_longer_than_the_context_or_a_window(store: Rows) -> None:
+    longest, _ = store.longest()
     with pytest.raises(
         DataError, match=rf"rows.jsonl, row \d+: a document of {longest} tokens, where the model's cont"
     ):
