@@ -24,7 +24,7 @@ import pyarrow as pa
 from bigtune.config import Clean
 from bigtune.data.conversation import Conversation
 from bigtune.data.overlap import Overlap
-from bigtune.data.words import Turn, Words, ngrams, turns
+from bigtune.data.words import Spoken, Words, ngrams, spoken
 
 VERSION = 1  # of the methods below and of words.py and overlap.py; part of the identity
 PERMUTATIONS = 128
@@ -64,7 +64,7 @@ def features(conversations: Sequence[Conversation], clean: Clean, overlap: Overl
     Args:
         overlap: of the held-out rows; None where there are none, and then no document overlaps.
     """
-    said = [turns(conversation) for conversation in conversations]
+    said = [spoken(conversation) for conversation in conversations]
     answers = [[turn.text for turn in conversation if turn.answer] for conversation in said]
     columns: dict[str, Any] = {}
     if clean.min_answer_characters is not None:
@@ -76,7 +76,7 @@ def features(conversations: Sequence[Conversation], clean: Clean, overlap: Overl
     return {field.name: columns[field.name] for field in feature_schema(clean)}
 
 
-def _of_words(said: Sequence[Sequence[Turn]], clean: Clean, overlap: Overlap | None) -> dict[str, Any]:
+def _of_words(said: Sequence[Sequence[Spoken]], clean: Clean, overlap: Overlap | None) -> dict[str, Any]:
     """The columns for which texts must be cut into words, which is done once for all of them."""
     columns: dict[str, Any] = {}
     if clean.max_repetition is clean.decontaminate is clean.near_duplicates is None:

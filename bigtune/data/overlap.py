@@ -1,6 +1,6 @@
 """Held-out rows as a set of n-grams: what training documents must not share with them.
 
-The method is that of GPT-3 (Brown et al. 2020, appendix C): words in lower case without punctuation, and a document
+The method is that of GPT-3 (Brown et al. 2020, appendix C): words without case and punctuation, and a document
 overlaps when it shares n of them in a row with a held-out one. Two rules keep it from removing what is no leak:
 
 - Held-out questions of fewer than n words count where a conversation opens with the same one, whole; with fewer than
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bigtune.data.conversation import Conversation
-from bigtune.data.words import UInt64s, Words, ngrams, turns
+from bigtune.data.words import UInt64s, Words, ngrams, spoken
 
 SHORTEST_QUESTION = 4  # words
 BOILERPLATE_ROWS, BOILERPLATE_SHARE = 10, 0.01
@@ -46,7 +46,7 @@ class Overlap:
         wholes: list[UInt64s] = []
         rows, source = 0, iter(conversations)
         while batch := list(itertools.islice(source, BATCH)):
-            held_out = Words.of([turns(conversation) for conversation in batch])
+            held_out = Words.of([spoken(conversation) for conversation in batch])
             every = ngrams(held_out.hashes, words)
             owner = held_out.rows_of(np.arange(len(every)), words)
             grams.append(_once_a_row(every[owner >= 0], owner[owner >= 0]))

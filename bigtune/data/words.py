@@ -90,7 +90,7 @@ def ngrams(words: UInt64s, n: int) -> UInt64s:
     return grams
 
 
-class Turn(NamedTuple):
+class Spoken(NamedTuple):
     """What one message says. A `question` opens its conversation; raw text is question and answer in one."""
 
     text: str
@@ -98,13 +98,13 @@ class Turn(NamedTuple):
     answer: bool
 
 
-def turns(conversation: Conversation) -> list[Turn]:
+def spoken(conversation: Conversation) -> list[Spoken]:
     """The turns that tell a conversation from others: not the system's, whose words whole data sets share."""
     if not conversation.messages:
-        return [Turn(conversation.text, True, True)]
+        return [Spoken(conversation.text, True, True)]
     said = [message for message in conversation.messages if message.role != "system"]
     return [
-        Turn(_said(message), i == 0 and message.role == "user", message.role == "assistant")
+        Spoken(_said(message), i == 0 and message.role == "user", message.role == "assistant")
         for i, message in enumerate(said)
     ]
 
@@ -138,7 +138,7 @@ class Words:
     answers: npt.NDArray[np.bool_]
 
     @classmethod
-    def of(cls, conversations: Sequence[Sequence[Turn]]) -> Self:
+    def of(cls, conversations: Sequence[Sequence[Spoken]]) -> Self:
         """Count and hash the words of conversations, each given as its turns."""
         hashes = [word_hashes(turn.text) for said in conversations for turn in said]
         return cls(

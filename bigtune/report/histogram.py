@@ -47,6 +47,8 @@ class Histogram:
                     return found
             return found[:: -(-len(found) // most)]
         step = _round_up((high - low) / most)
+        if all(edge.is_integer() for edge in self.edges):  # of counts, which have no fractions
+            step = max(step, 1.0)
         return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
     def _scaled(self, value: float) -> float:

@@ -1,6 +1,7 @@
 """What of the sources is not trained on, by reason, with some rows of each."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -80,7 +81,7 @@ def _examples(store: Store, reasons: set[str]) -> dict[str, list[Example]]:
 
 
 def _example(row: Mapping[str, Any], reason: str) -> Example:
-    told = str(row.get("told", "")).removeprefix(reason).lstrip(" :;")
+    told = re.sub(r"^\((.*)\)$", r"\1", str(row.get("told", "")).removeprefix(reason).lstrip(" :;"))
     return Example(_place(row), told, _place(row["like"]) if "like" in row else "")
 
 

@@ -28,7 +28,7 @@ def histogram_svg(histogram: Histogram, label: str, form: str, mark: tuple[int, 
     """
     most = max(histogram.counts)
     parts = [HEAD.format(WIDTH, HEIGHT, label)]
-    for tick in Histogram((0, max(most, 1)), (0,), logarithmic=False).ticks(4):
+    for tick in Histogram((0.0, float(max(most, 1))), (0,), logarithmic=False).ticks(4):
         y = _y(tick, most)
         parts += [GRID.format(LEFT, WIDTH - RIGHT, y=y), Y_LABEL.format(LEFT - 8, y + 4, tick)]
     parts += [_bar(histogram, i, most, form, mark) for i, count in enumerate(histogram.counts) if count]

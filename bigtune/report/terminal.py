@@ -222,6 +222,8 @@ class _TokenText:
         if gap:
             text.append(f"\n… {_gap(gap)} …\n", "italic yellow")
             text.append_text(_marked(tail, plain, len(head)))
+        if text.plain.endswith("\n"):
+            text.right_crop()
         yield text
 
 

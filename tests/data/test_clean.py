@@ -226,7 +226,7 @@ def select_near(signatures: Any, threshold: float) -> Removals:
     return select({"minhash": signatures}, content, np.ones(len(content), np.int32), Clean(near_duplicates=threshold))
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0.97, 1.0]))
 def test_banding_finds_what_comparing_every_row_finds(seed: int, agreeing: float) -> None:
     signatures = families(seed, rows=30, agreeing=agreeing)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtune.config import Clean
@@ -79,11 +79,13 @@ def test_hashes_are_the_same_on_every_machine() -> None:
     assert word_hashes("The cat").tolist() == expected
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(max_codepoint=127)))
 def test_the_quick_way_for_ascii_is_the_general_way(text: str) -> None:
     assert np.array_equal(word_hashes(text), word_hashes(text + " é")[:-1])
 
 
+@settings(deadline=None)
 @given(st.text(LETTERS, max_size=60))
 def test_a_long_text_is_hashed_as_a_short_one(text: str) -> None:
     whole = word_hashes(text)
@@ -99,6 +101,7 @@ def test_forgetting_words_changes_no_hash(monkeypatch: pytest.MonkeyPatch) -> No
     assert np.array_equal(word_hashes(text), expected) and len(words_module._hashes) <= 2
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 6))
 def test_ngrams_are_equal_where_the_words_are(words: list[int], n: int) -> None:
     hashes = word_hashes(" ".join(map(str, words)))
@@ -122,6 +125,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "purred", ".", "Yes"]
 TEXTS = st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(TEXTS, TEXTS), max_size=8), st.data())
 def test_a_batch_of_rows_gives_what_each_row_gives(pairs: list[tuple[str, str]], data: st.DataObject) -> None:
     rows = [chat(question, answer) if data.draw(st.booleans()) else raw(question) for question, answer in pairs]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtune.config import Clean
@@ -109,6 +109,7 @@ def test_the_identity_is_that_of_the_words_and_not_of_the_rows() -> None:
 TEXTS = st.lists(st.sampled_from("abc"), max_size=14).map(" ".join)
 
 
+@settings(deadline=None)
 @given(st.lists(TEXTS, max_size=6), st.lists(TEXTS, max_size=6))
 def test_it_finds_what_comparing_every_word_with_every_word_finds(training: list[str], held_out: list[str]) -> None:
     def grams(text: str) -> set[tuple[str, ...]]:

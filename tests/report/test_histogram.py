@@ -17,7 +17,7 @@ def test_every_value_is_in_its_bin(values: list[int], mark: int | None) -> None:
     counts = np.bincount([histogram.bin(value) for value in values], minlength=len(histogram.counts))
     assert tuple(counts) == histogram.counts
     assert all(histogram.edges[0] <= tick <= histogram.edges[-1] for tick in histogram.ticks(6))
-    assert len(histogram.ticks(6)) <= 7
+    assert len(histogram.ticks(6)) <= 7 and all(tick.is_integer() for tick in histogram.ticks(6))
 
 
 @pytest.mark.parametrize(("longest", "logarithmic"), [(500, False), (20_000, True)])

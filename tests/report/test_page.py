@@ -14,7 +14,7 @@ from bigtune.report.inspection import Inspection
 from bigtune.report.page import render_page, write_page
 from tests.report.conftest import END, MakeRun, questions, write
 
-VOID = {"meta", "br", "line", "rect"}
+VOID = {"meta", "br"}
 
 
 class Reader(HTMLParser):
@@ -83,9 +83,10 @@ def test_supervised_tokens_are_marked(seen: Inspection) -> None:
 
 
 def test_data_stays_text(make_run: MakeRun, tmp_path: Path) -> None:
-    evil = "</span><script>alert(1)</script>{{ 7 * 7 }}&amp;"
+    evil = "</span><script>alert(1)</script>{{ 777 * 1000 }}&amp;"
     page = render_page(api.inspect(make_run(write(tmp_path / "<b>.jsonl", [{"question": evil, "answer": evil}]))))
-    assert "<script" not in page and "<b>.jsonl" not in page and "49" not in page.split("Packed row 0")[1]
+    assert "<script" not in page and "777000" not in page
+    assert "<b>.jsonl" not in page
     assert evil in read(page).supervised
 
 
@@ -111,5 +112,5 @@ def test_the_command_writes_the_page_into_a_folder_that_it_makes(make_run: MakeR
 
 def test_a_page_that_cannot_be_written_is_one_line(seen: Inspection, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="--html .*: cannot be written \\(.*\\); name another file"):
+    with pytest.raises(ConfigError, match=r"^--html .*: cannot be written \(.*\); name another file$"):
         write_page(seen, tmp_path / "file" / "page.html")
