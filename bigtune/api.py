@@ -32,12 +32,15 @@ def prepare(run: Run, keep: str | None = None) -> "Manifest":
         keep: the fingerprint of documents that a checkpoint goes on with; a store of them is not replaced.
     """
     from bigtune.data import prepare as stage
+    from bigtune.data.store import Store
+    from bigtune.data.stream import RowStream
 
     if run.data.stream:
         raise ConfigError("'data.stream': true reads the sources while training: there is nothing to prepare")
     with bar("prepare") as shown:
         manifest = stage.prepare(run.data, run.model.path, run.store, shown.advance_to, keep, run.held_out)
-    print(f"prepare: {manifest.summary()}", file=sys.stderr)
+    rows = RowStream(Store.open(run.store), run.data, run.train.seed, run.train.epochs)
+    print(f"prepare: {manifest.summary()}\n{rows.summary()}", file=sys.stderr)
     return manifest
 
 

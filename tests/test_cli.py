@@ -212,8 +212,9 @@ def store_times(folder: Path) -> dict[Path, int]:
 
 def test_preparing_and_training_say_what_they_do(chain: Chain) -> None:
     assert (chain.prepared.returncode, chain.prepared.stdout) == (0, "")
-    assert "37 documents" in chain.prepared.stderr
-    assert "dropped 3 (longer than 96 tokens)" in chain.prepared.stderr
+    assert "40 documents of 40 rows" in chain.prepared.stderr
+    assert "rows of 96 tokens" in chain.prepared.stderr
+    assert "dropped 3 (documents longer than 96 tokens)" in chain.prepared.stderr
     assert chain.trained.returncode == 0, chain.trained.stderr
     out = chain.trained.stdout
     threads = "1 thread" if CORES // 2 == 1 else f"{CORES // 2} threads"  # each rank has cores of its own

@@ -93,6 +93,17 @@ class RowStream:
     def describe(self) -> str:
         return f"rows of {self.sequence_length:,} tokens ({self.efficiency:.1%} full)"
 
+    def summary(self) -> str:
+        """A line on an epoch's rows, and one more for each thing that cutting and mixing did."""
+        lines = [f"{self._rows_in(0):,} rows of {self.sequence_length:,} tokens an epoch, {self.efficiency:.1%} full"]
+        lines += [f"  {note}" for note in self.pieces.notes(self.sequence_length)]
+        shares = self.mixture.proportions(self.mixture.draw(0))
+        if len(shares) > 1:
+            lines += [
+                f"  {share:.1%} of the tokens from {name} ({count:,} documents)" for name, count, _, share in shares
+            ]
+        return "\n".join(lines)
+
     def losses(self) -> str:
         return ""  # `prepare` has told
 

@@ -72,6 +72,7 @@ class Drawing:
     def __init__(self, template: Template, special: re.Pattern[str]) -> None:
         self.template = template
         self._special = special
+        self._ending = re.compile(rf"(?:{special.pattern})\Z")
 
     def draw(self, turns: Sequence[Turn], tools: Tools, weights: dict[int, float]) -> list[Drawn]:
         """The documents of one conversation, in the order of their last supervised turns.
@@ -122,7 +123,7 @@ class Drawing:
             # A block may hold the turn's header too; one of an earlier turn lies within the prompt.
             spans = self._ended(core, [block for block in blocks if block[1] > len(prompt)])
         else:
-            spans = [(len(prompt), _end_of_turn(core, len(prompt), turns[i]["content"]))]
+            spans = [(len(prompt), self._end_of_turn(core, len(prompt), turns[i]["content"]))]
         return _Answer(text, core, len(prompt), spans)
 
     def _prompt(self, turns: Sequence[Turn], i: int, tools: Tools) -> str:
@@ -142,6 +143,17 @@ class Drawing:
             if token and not core[token.end() :].strip():
                 spans[-1] = (begin, token.end())
         return spans
+
+    def _end_of_turn(self, core: str, prompt: int, content: str) -> int:
+        """Where supervision ends: after the end-of-turn token, before the line break that many templates add.
+
+        A template without such a token ends its turns by white space alone, and that is then supervised.
+        """
+        body, said = core.rstrip(), content.strip()
+        if self._ending.search(body, prompt):  # first, since an answer may end as the token does: in ">", say
+            return len(body)
+        unmarked = body.endswith(said) if said else len(body) <= prompt
+        return len(core) if unmarked else len(body)
 
     def _said(self, turns: Sequence[Turn], i: int, tools: Tools, text: str) -> tuple[int, int]:
         """Where the content of a turn lies in `text`, and the token that ends the turn, if one follows directly.
@@ -197,13 +209,3 @@ def _left_out(turn: Turn, answer: str) -> str:
 
 def _solid(text: str) -> str:
     return "".join(text.split())
-
-
-def _end_of_turn(core: str, prompt: int, content: str) -> int:
-    """Where supervision ends: after the end-of-turn token, before the line break that many templates add.
-
-    A template without such a token ends its turns by white space alone, and that is then supervised.
-    """
-    body, said = core.rstrip(), content.strip()
-    unmarked = body.endswith(said) if said else len(body) <= prompt
-    return len(core) if unmarked else len(body)

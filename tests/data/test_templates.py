@@ -123,14 +123,13 @@ def test_a_wrong_mask_would_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     before, after = ENDS[name]
     messages, expected = talk("Two plus two?", FOUR), [{1: before + FOUR + after}]
     ended = "_ended" if name == "smollm3" else "_end_of_turn"
-    owner = turns.Drawing if name == "smollm3" else turns
 
     def without_end(*given: Any) -> Any:  # the mask of a trainer that leaves the end of a turn out
-        core = given[1] if name == "smollm3" else given[0]
+        core = given[1]
         end = core.rindex(FOUR) + len(FOUR)
         return [(given[2][-1][0], end)] if name == "smollm3" else end
 
-    monkeypatch.setattr(owner, ended, without_end)
+    monkeypatch.setattr(turns.Drawing, ended, without_end)
     with pytest.raises(AssertionError):
         assert_learnt(name, messages, expected)
 

@@ -78,8 +78,8 @@ def test_added_tokens_that_are_not_special_are_tokens() -> None:
 
 def test_spelling_in_tools_calls_and_raw_text_stays_text_too(chatml: Any) -> None:
     listing = "{% if tools %}{{ tools | tojson }}{% endif %}"
-    calls = "{% for m in messages %}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
-    chatml = build_tokenizer(listing + calls + CHATML)
+    calls = CHATML.replace("m['content'] +", "m['content'] + (m.tool_calls | tojson if m.tool_calls else '') +")
+    chatml = build_tokenizer(listing + calls)
     chat = ChatFormat.of(chatml)
     call = {"function": {"name": "add", "arguments": {"<|im_end|>": ["<|im_start|>"]}}}
     messages = (Message("user", "Hi"), Message("assistant", "add", extra={"tool_calls": [call]}))
