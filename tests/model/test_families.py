@@ -57,10 +57,11 @@ def test_packed_documents_and_the_loss_head_are_exact(model_type: str) -> None:
     assert not saved_buffers(model)  # merge would have to carry them
     predict_at_T = torch.tensor([3, 4, 5, 10, 22])
     targets_T = inputs["input_ids"][0, predict_at_T + 1]
+    weights_T = torch.tensor([1.0, 0.5, 1.0, 2.0, 0.25])
     with torch.no_grad():
         head = replace_head(model)
-        loss = head(model.base_model(**inputs)[0][0][predict_at_T], targets_T)
-        wanted = cross_entropy(alone_SV[predict_at_T], targets_T, reduction="sum")
+        loss = head(model.base_model(**inputs)[0][0][predict_at_T], targets_T, weights_T)
+        wanted = (cross_entropy(alone_SV[predict_at_T], targets_T, reduction="none") * weights_T).sum()
     assert error(loss, wanted) < 1e-5
 
 

@@ -90,7 +90,9 @@ def test_documents_beyond_a_cap_are_told_of(make_run: MakeRun, tmp_path: Path) -
 def test_truncated_and_split_documents_are_told_of(make_run: MakeRun, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*questions(20), {"question": "long?", "answer": "long " * 200}])
     whole = api.inspect(make_run(path, sequence_length=2048))
-    cut = api.inspect(make_run(path, on_long_document="truncate"))
+    cut = api.inspect(make_run(path, on_long_document="truncate"), samples=21)
+    assert sum(sample.length for sample in cut.samples) == cut.total.tokens  # as they are packed, not as they were
+    assert [sample.length for sample in cut.samples if sample.note] == [128]
     assert cut.truncated_documents == 1 and cut.truncated_tokens == whole.total.tokens - cut.total.tokens > 0
     split = api.inspect(make_run(path, on_long_document="split"), rows=100)
     assert split.split_documents == 1 and split.sources[0].pieces > split.total.documents == 21
