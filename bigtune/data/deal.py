@@ -102,6 +102,10 @@ def _swap(dealt: npt.NDArray[np.int64], loads: npt.NDArray[np.complex128]) -> No
         half = (sums[b] - sums[a]) / 2
         mine, theirs = loads[dealt[a, ::step]], loads[dealt[b, ::step]]
         miss = np.abs(theirs - (mine + half)[:, None])
+        none = dealt[[a, b]] == EMPTY
+        gap_a, gap_b = none.any(axis=1)
+        miss[none[0, ::step] & gap_b] = np.inf  # no rank gets a second empty place
+        miss[:, none[1, ::step] & gap_a] = np.inf
         at = int(miss.argmin())
         i, j = divmod(at, miss.shape[1])
         if miss[i, j] >= np.abs(half) * (1 - 1e-9):

@@ -161,7 +161,7 @@ def test_other_documents_are_refused(plain: Trained, tmp_path: Path) -> None:
     other = tiny_run(plain.folder, data__sources=[{"path": str(rows)}])
     prepare(other.data, run.model.path, run.store)
     messages = run_distributed(train_on_rank, RANKS, run, None, str(step(plain.run)))
-    assert all("was trained on other documents" in message for message in messages)
+    assert all("was trained on other rows" in message for message in messages)
 
 
 def test_a_run_that_is_done_changes_nothing(plain: Trained) -> None:
