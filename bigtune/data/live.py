@@ -184,10 +184,10 @@ class LiveRows:
             if window.rows:
                 empty_since = place.epoch
                 yield place, window
-            elif place.epoch > empty_since + 1:
-                why = (
-                    "; ".join(f"{count:,} × {reason}" for reason, count in window.lost.items()) or "the files are empty"
-                )
+                continue
+            self.lost.update(window.lost)
+            if place.epoch > empty_since + 1:
+                why = self.losses() or "the files are empty"
                 raise DataError(f"data.sources: nothing to train on in a whole epoch ({why}); mend the rows or data")
 
     def _window_items(self, start: Position) -> Iterator[tuple[Position, list[Block | Chunk]]]:
