@@ -62,10 +62,28 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, **_known_config(path))
     except Exception as error:  # the tokenizers library raises bare Exception for a broken file
         reason = str(error).strip().split("\n")[0][:200]
         raise ModelError(f"{path}: the tokenizer cannot be loaded ({reason}); replace its files") from None
+
+
+def _known_config(path: Path) -> dict[str, Any]:
+    """A plain config for AutoTokenizer, which then need not import the model's own and half of torch with it.
+
+    It asks a config for the type of model alone where tokenizer_config.json names the class of tokenizer.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        named = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+        tree = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if not named.get("tokenizer_class") or "auto_map" in named:
+            return {}
+        kind = {name: tree[name] for name in ("tokenizer_class", "model_name", "_name_or_path") if name in tree}
+        return {"config": type("_Known", (PreTrainedConfig,), {"model_type": tree["model_type"]})(**kind)}
+    except Exception:  # whatever is wrong there, AutoTokenizer says it
+        return {}
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class LiveRows:
         self.fingerprint = _identify(self._files, data, recipe)
         self.lost: Counter[str] = Counter()
         self._resources = ExitStack()
-        self._pool = self._resources.enter_context(open_pool(data.workers or 1, recipe))
+        self._pool = self._resources.enter_context(open_pool(data.workers or 1, lambda: recipe))
         self._after = Position(-1)  # where the last `take` ended; the first one begins
         self._window = Window([], {})
 

@@ -4,17 +4,21 @@ loky starts them as fresh interpreters: nothing is forked from a process that ha
 progress bar), and a script of the user's own is not imported again.
 """
 
+import pickle
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from bigtune.data.parts import Recipe
 from bigtune.errors import DataError
 from bigtune.process import end_with_parent
 
-_recipe: Recipe | None = None  # of a worker process
+_recipes: dict[str, Recipe] = {}  # of a worker process, by the file that brought them
 
 T = TypeVar("T")
 
@@ -22,21 +26,34 @@ T = TypeVar("T")
 class Pool(Protocol):
     """Runs `function(recipe, *arguments)`, now or in a worker process."""
 
+    @property
+    def recipe(self) -> Recipe: ...
+
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]: ...
 
 
 @contextmanager
-def open_pool(workers: int, recipe: Recipe) -> Iterator[Pool]:
-    """Some worker processes; with no workers, this process. They end with this process, however it ends."""
+def open_pool(workers: int, make_recipe: Callable[[], Recipe]) -> Iterator[Pool]:
+    """Some worker processes; with no workers, this process. They end with this process, however it ends.
+
+    Workers start and import what they need while this process makes the recipe, which takes as long: loading a
+    tokenizer imports torch.
+    """
     if not workers:
-        yield _Here(recipe)
+        yield _Here(make_recipe())
         return
     from loky import ProcessPoolExecutor
 
     environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    executor = ProcessPoolExecutor(workers, initializer=_begin, initargs=(recipe,), env=environment)
+    executor = ProcessPoolExecutor(workers, initializer=_begin, env=environment)
     try:
-        yield _Processes(executor)
+        for _ in range(workers):
+            executor.submit(_warm_up)
+        with tempfile.NamedTemporaryFile(prefix="bigtune-recipe-") as file:  # it is read once by each worker
+            recipe = make_recipe()
+            pickle.dump(recipe, file)
+            file.flush()
+            yield _Processes(recipe, executor, file.name)
     finally:
         executor.shutdown(wait=True, kill_workers=True)
 
@@ -58,31 +75,38 @@ def result_of(future: Future[T]) -> T:
         ) from None
 
 
+@dataclass(frozen=True)
 class _Here:
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+    recipe: Recipe
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
         done: Future[T] = Future()
-        done.set_result(function(self._recipe, *arguments))
+        done.set_result(function(self.recipe, *arguments))
         return done
 
 
+@dataclass(frozen=True)
 class _Processes:
-    def __init__(self, executor: Any) -> None:
-        self._executor = executor
+    recipe: Recipe
+    executor: Any
+    file: str
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        future: Future[T] = self._executor.submit(_run, function, *arguments)
+        future: Future[T] = self.executor.submit(_run, self.file, function, *arguments)
         return future
 
 
-def _begin(recipe: Recipe) -> None:
-    global _recipe
-    _recipe = recipe
+def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     end_with_parent()
 
 
-def _run(function: Callable[..., T], *arguments: Any) -> T:
-    return function(_recipe, *arguments)
+def _warm_up() -> None:
+    """Import what rendering needs. That this module is imported has brought the rest."""
+    import transformers.utils.chat_template_utils  # noqa: F401
+
+
+def _run(file: str, function: Callable[..., T], *arguments: Any) -> T:
+    if file not in _recipes:
+        _recipes[file] = pickle.loads(Path(file).read_bytes())
+    return function(_recipes[file], *arguments)

@@ -32,7 +32,7 @@ from bigtune.data.formats import read_conversations
 from bigtune.data.holdout import bound, held_out_rows
 from bigtune.data.overlap import Overlap
 from bigtune.data.parts import Recipe, make_part
-from bigtune.data.pool import open_pool, result_of
+from bigtune.data.pool import Pool, open_pool, result_of
 from bigtune.data.sources import SourceFile, UnreadableFile, hash_of, resolve_sources, stat_of
 from bigtune.data.store import (
     PARTS,
@@ -178,21 +178,24 @@ def _make(
 ) -> Manifest:
     with writing(store_path):
         (store_path / PARTS).mkdir(parents=True, exist_ok=True)
-    recipe = recipe_of(data, model_path, held_out)
     made = [_Made(file) for file in inputs.files]
     rows = 0
-    for of, name, counts in _make_parts(data, inputs, recipe, store_path / PARTS, made):
-        if counts.bad and data.on_bad_row == "error":
-            row, _, told = counts.bad[0]
-            raise DataError(f"{of.file.file.path}, row {row}: {told}; mend the row, or set data.on_bad_row: skip")
-        of.parts[name] = counts
-        rows += counts.rows
-        if progress is not None:
-            progress(rows, None)
+    small = sum(file.bytes for file in inputs.files) < SMALL_BYTES
+    workers = 0 if small else data.workers or len(os.sched_getaffinity(0))
+    with open_pool(workers, lambda: recipe_of(data, model_path, held_out)) as pool:
+        chat = pool.recipe.chat
+        for of, name, counts in _make_parts(data, inputs, pool, 2 * max(1, workers), store_path / PARTS, made):
+            if counts.bad and data.on_bad_row == "error":
+                row, _, told = counts.bad[0]
+                raise DataError(f"{of.file.file.path}, row {row}: {told}; mend the row, or set data.on_bad_row: skip")
+            of.parts[name] = counts
+            rows += counts.rows
+            if progress is not None:
+                progress(rows, None)
     _refuse_changed(inputs)
     columns = Columns([store_path / PARTS / f"{name}.arrow" for of in made for name in of.parts])
     choice = choose(columns, data.clean, data.holdout)
-    manifest = _manifest(data, inputs, recipe.chat, made, columns, choice)
+    manifest = _manifest(data, inputs, chat, made, columns, choice)
     write_store(store_path, manifest, choice.chosen, _removed(made, columns, choice))
     return manifest
 
@@ -207,33 +210,30 @@ class _Made:
 
 
 def _make_parts(
-    data: Data, inputs: _Inputs, recipe: Recipe, folder: Path, made: Sequence[_Made]
+    data: Data, inputs: _Inputs, pool: Pool, most_waiting: int, folder: Path, made: Sequence[_Made]
 ) -> Iterator[tuple[_Made, str, PartCounts]]:
-    """Parts in their order; those that are not there yet are made by worker processes."""
-    small = sum(file.bytes for file in inputs.files) < SMALL_BYTES
-    workers = 0 if small else data.workers or len(os.sched_getaffinity(0))
+    """Parts in their order; those that are not there yet are made by the pool."""
     waiting: deque[tuple[_Made, str, PartCounts | Future[PartCounts]]] = deque()
 
     def next_done() -> tuple[_Made, str, PartCounts]:
         of, name, counts = waiting.popleft()
         return of, name, counts if isinstance(counts, PartCounts) else result_of(counts)
 
-    with open_pool(workers, recipe) as pool:
-        for of in made:
-            key = _part_key(of.file, data, inputs.recipe)
-            try:
-                for chunk in read_chunks(of.file.file, of.file.chunk_bytes):
-                    name = f"{key}-{chunk.index:05d}"
-                    counts = read_part_counts(folder / name)
-                    waiting.append((of, name, counts or pool.submit(make_part, chunk, folder / name)))
-                    while len(waiting) > 2 * max(1, workers):
-                        yield next_done()
-            except UnreadableFile as error:
-                if data.on_bad_row == "error":
-                    raise
-                of.unreadable = str(error)
-        while waiting:
-            yield next_done()
+    for of in made:
+        key = _part_key(of.file, data, inputs.recipe)
+        try:
+            for chunk in read_chunks(of.file.file, of.file.chunk_bytes):
+                name = f"{key}-{chunk.index:05d}"
+                counts = read_part_counts(folder / name)
+                waiting.append((of, name, counts or pool.submit(make_part, chunk, folder / name)))
+                while len(waiting) > most_waiting:
+                    yield next_done()
+        except UnreadableFile as error:
+            if data.on_bad_row == "error":
+                raise
+            of.unreadable = str(error)
+    while waiting:
+        yield next_done()
 
 
 def _manifest(

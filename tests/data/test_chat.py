@@ -1,6 +1,8 @@
 """The model learns the answers and where they stop, from exactly the prompts that it is asked with later."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,3 +131,20 @@ def test_a_model_folder_without_a_whole_tokenizer_is_one_line(tmp_path: Path, mo
     with pytest.raises(ModelError, match=r"cannot be loaded") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_a_tokenizer_is_loaded_as_transformers_alone_would(
+    tmp_path: Path, model_path: Path, kind: str, model_type: str
+) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    shutil.copytree(model_path, tmp_path / "m")
+    named = tmp_path / "m" / "tokenizer_config.json"
+    named.write_text(json.dumps({**json.loads(named.read_text()), "tokenizer_class": kind}))
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "m")
+    ours, theirs = load_tokenizer(tmp_path / "m"), AutoTokenizer.from_pretrained(str(tmp_path / "m"))
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map
