@@ -47,6 +47,13 @@ class Conversation:
     @property
     def content_hash(self) -> int:
         """64 bits of what is said, whatever the file, the format and the order of rows."""
-        said: list[Any] = [self.text, [[m.role, m.content, dict(m.extra)] for m in self.messages], list(self.tools)]
-        text = json.dumps(said, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        said = [self.text, _plain(self.tools)]
+        for message in self.messages:
+            said += [message.role, message.content, _plain(message.extra)]
+        lengths = ",".join([str(len(part)) for part in said])  # so that no text runs into the next one
+        text = f"{lengths};{''.join(said)}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True) if value else ""
