@@ -16,7 +16,8 @@ from bigtune.data.clean import select
 from bigtune.data.duplicates import Column, Signatures
 from bigtune.data.features import features
 from bigtune.data.holdout import bound
-from bigtune.data.parts import Collected, Recipe
+from bigtune.data.parts import Collected
+from bigtune.data.recipe import Recipe
 from bigtune.data.store import Columns
 
 NOTHING_SUPERVISED = "nothing supervised"

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -31,10 +32,11 @@ from bigtune.config import Data
 from bigtune.data.choose import choose_collected
 from bigtune.data.files import Block, Chunk, list_blocks, read_block, read_chunks
 from bigtune.data.holdout import bound
-from bigtune.data.parts import Recipe, collect
+from bigtune.data.parts import collect
 from bigtune.data.pieces import cut
 from bigtune.data.plan import plan_rows
 from bigtune.data.pool import open_pool, result_of
+from bigtune.data.recipe import Recipe
 from bigtune.data.rows import Position, Row
 from bigtune.data.sources import SourceFile, UnreadableFile, hash_of, resolve_sources, stat_of
 from bigtune.data.store import Document
@@ -50,6 +52,8 @@ OPEN_FILES = 4
 """Files that a shard reads from their start at the same time."""
 AHEAD = 2
 """Windows made ahead of the one that is read."""
+EMPTY_AT_FIRST = 64
+"""Windows without a row that end a run at its start: not all of a large source is read to find that it has none."""
 SAMPLE_BYTES = 2**16
 
 
@@ -94,7 +98,7 @@ class LiveRows:
         self.fingerprint = _identify(self._files, data, recipe)
         self.lost: Counter[str] = Counter()
         self._resources = ExitStack()
-        self._pool = self._resources.enter_context(open_pool(data.workers or 1, lambda: recipe))
+        self._pool = self._resources.enter_context(open_pool(data.workers or 1, recipe))
         self._after = Position(-1)  # where the last `take` ended; the first one begins
         self._window = Window([], {})
 
@@ -174,7 +178,7 @@ class LiveRows:
     def _made_windows(self, start: Position) -> Iterator[tuple[Position, Window]]:
         """Windows from `start` on, made ahead by the pool; those without a row are left out."""
         waiting: deque[tuple[Position, Future[Window]]] = deque()
-        empty_since = start.epoch
+        empty_since, empty, patience = start.epoch, 0, EMPTY_AT_FIRST
         for place, items in self._window_items(start):
             waiting.append((place, self._pool.submit(make_window, self._spec, items, place)))
             if len(waiting) <= AHEAD:
@@ -182,13 +186,15 @@ class LiveRows:
             place, future = waiting.popleft()
             window = result_of(future)
             if window.rows:
-                empty_since = place.epoch
+                empty_since, patience = place.epoch, math.inf
                 yield place, window
                 continue
             self.lost.update(window.lost)
-            if place.epoch > empty_since + 1:
+            empty += 1
+            if place.epoch > empty_since + 1 or empty >= patience:
+                where = "a whole epoch" if place.epoch > empty_since + 1 else f"the first {empty} windows"
                 why = self.losses() or "the files are empty"
-                raise DataError(f"data.sources: nothing to train on in a whole epoch ({why}); mend the rows or data")
+                raise DataError(f"data.sources: nothing to train on in {where} ({why}); mend the rows or data")
 
     def _window_items(self, start: Position) -> Iterator[tuple[Position, list[Block | Chunk]]]:
         """What each window from `start` on is made of. Windows before it cost reading only what has no blocks."""
@@ -267,7 +273,8 @@ def make_window(recipe: Recipe, spec: Spec, items: Sequence[Block | Chunk], plac
             documents[pieces.document[i]].piece(start, length)
             for i, (_, start, length) in zip(chosen, parts, strict=True)
         )
-        rows.append(Row(tuple(_number(f"{name} {start}") for name, start, _ in parts), cuts))
+        numbers = tuple(_number(f"{name} {start}") for name, start, _ in parts)
+        rows.append(Row(numbers, cuts, tuple(whole.where(pieces.document[i]) for i in chosen)))
     return Window(rows, dict(lost))
 
 

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bigtune.config import Clean, Source
-from bigtune.data.chat import ChatFormat, Encoded
+from bigtune.data.chat import Encoded
 from bigtune.data.conversation import Conversation
 from bigtune.data.features import feature_schema, features
 from bigtune.data.files import Chunk, rows_of
 from bigtune.data.formats import BadRow, conversations_of
-from bigtune.data.overlap import Overlap
+from bigtune.data.recipe import Recipe
 from bigtune.data.store import SCHEMA, PartCounts, write_part
 from bigtune.errors import DataError
 
@@ -26,16 +25,6 @@ MAX_CHARACTERS = 2**23
 """Of one conversation: tokenising takes about a gibibyte for as many."""
 
 REFUSED = "refused by the chat template"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides what a row becomes; goes to the worker processes."""
-
-    chat: ChatFormat
-    sources: tuple[Source, ...]
-    clean: Clean
-    overlap: Overlap | None
 
 
 @dataclass

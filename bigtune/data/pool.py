@@ -4,8 +4,10 @@ loky starts them as fresh interpreters: nothing is forked from a process that ha
 progress bar), and a script of the user's own is not imported again.
 """
 
+import gc
 import pickle
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from bigtune.data.parts import Recipe
+from bigtune.data.recipe import Recipe
 from bigtune.errors import DataError
 from bigtune.process import end_with_parent
 
@@ -33,27 +35,27 @@ class Pool(Protocol):
 
 
 @contextmanager
-def open_pool(workers: int, make_recipe: Callable[[], Recipe]) -> Iterator[Pool]:
+def open_pool(workers: int, recipe: Recipe | Callable[[], Recipe]) -> Iterator[Pool]:
     """Some worker processes; with no workers, this process. They end with this process, however it ends.
 
-    Workers start and import what they need while this process makes the recipe, which takes as long: loading a
-    tokenizer imports torch.
+    A recipe that is still to be made is made in a worker, which has a tokenizer sooner than this process: see `_begin`.
     """
     if not workers:
-        yield _Here(make_recipe())
+        yield _Here(recipe if isinstance(recipe, Recipe) else recipe())
         return
     from loky import ProcessPoolExecutor
 
-    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     executor = ProcessPoolExecutor(workers, initializer=_begin, env=environment)
     try:
-        for _ in range(workers):
+        made = recipe if isinstance(recipe, Recipe) else executor.submit(recipe)
+        for _ in range(workers - 1):
             executor.submit(_warm_up)
         with tempfile.NamedTemporaryFile(prefix="bigtune-recipe-") as file:  # it is read once by each worker
-            recipe = make_recipe()
-            pickle.dump(recipe, file)
+            here = made if isinstance(made, Recipe) else result_of(made)
+            pickle.dump(here, file)
             file.flush()
-            yield _Processes(recipe, executor, file.name)
+            yield _Processes(here, executor, file.name)
     finally:
         executor.shutdown(wait=True, kill_workers=True)
 
@@ -99,14 +101,19 @@ class _Processes:
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     end_with_parent()
+    # transformers imports torch where it finds it, which takes seconds; tokenizers and templates need none of it.
+    sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 def _warm_up() -> None:
-    """Import what rendering needs. That this module is imported has brought the rest."""
+    """Import what is needed, while another worker makes the recipe."""
     import transformers.utils.chat_template_utils  # noqa: F401
+
+    import bigtune.data.parts  # noqa: F401
 
 
 def _run(file: str, function: Callable[..., T], *arguments: Any) -> T:
     if file not in _recipes:
         _recipes[file] = pickle.loads(Path(file).read_bytes())
+        gc.freeze()  # what is there stays: to look through it again and again takes 5% of the time
     return function(_recipes[file], *arguments)

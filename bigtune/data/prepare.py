@@ -8,15 +8,12 @@ killed goes on where it ended, a new file costs its own work alone, and the same
 whatever the number of processes. To find a store current takes hashing files, or their sizes and times only.
 """
 
-import hashlib
-import itertools
-import json
 import os
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +21,16 @@ import numpy as np
 from filelock import FileLock
 
 from bigtune.config import Data, Source
-from bigtune.data.chat import ChatFormat, load_tokenizer
+from bigtune.data.chat import ChatFormat
 from bigtune.data.choose import Choice, choose
-from bigtune.data.features import feature_identity
 from bigtune.data.files import read_chunks
-from bigtune.data.formats import read_conversations
-from bigtune.data.holdout import bound, held_out_rows
-from bigtune.data.overlap import Overlap
-from bigtune.data.parts import Recipe, make_part
+from bigtune.data.inputs import InputFile, Inputs, inputs_of, part_key
+from bigtune.data.parts import make_part
 from bigtune.data.pool import Pool, open_pool, result_of
-from bigtune.data.sources import SourceFile, UnreadableFile, hash_of, resolve_sources, stat_of
+from bigtune.data.recipe import Recipe
+from bigtune.data.sources import UnreadableFile
 from bigtune.data.store import (
     PARTS,
-    VERSION,
     Columns,
     Manifest,
     PartCounts,
@@ -46,62 +40,14 @@ from bigtune.data.store import (
     write_store,
     writing,
 )
-from bigtune.data.template import DEFAULT_TEMPLATE, TEMPLATES
-from bigtune.errors import ConfigError, DataError, ModelError
-
-# Whatever of a model folder decides on the token ids.
-TOKENIZER_INPUTS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "tekken.json",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
-
-CHUNK_BYTES = (2**18, 2**24)
-"""Of a chunk, at least and at most; in between a 32nd of its file, so that small files keep many cores busy too."""
+from bigtune.errors import DataError
 
 SMALL_BYTES = 2**20
 """Sources that are smaller together are tokenised in this process, before another one would have started."""
 
 UNREADABLE = "unreadable file"
 
-RACY_SECONDS = 2.0
-"""A file changed so shortly before it was hashed may change again within the same tick of its clock."""
-
 Progress = Callable[[int, int | None], None]
-
-
-@dataclass(frozen=True)
-class _File:
-    """A source file with its contents' hash; empty where it cannot be read and that is to be skipped."""
-
-    file: SourceFile
-    hash: str
-    stat: list[int] | None  # None where it may not be trusted the next time
-    bytes: int
-
-    @property
-    def chunk_bytes(self) -> int:
-        low, high = CHUNK_BYTES
-        return min(max(self.bytes // 32, low), high)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """Everything that the documents are made from."""
-
-    files: tuple[_File, ...]
-    ignored: tuple[str, ...]
-    recipe: str  # what else decides on the parts, as a hash
-    fingerprint: str
 
 
 def prepare(
@@ -140,7 +86,7 @@ def _prepared(
     held_out: Sequence[Source],
 ) -> Manifest:
     before = _manifest_or_none(store_path)
-    inputs = _inputs(data, model_path, held_out, before)
+    inputs = inputs_of(data, model_path, held_out, before)
     if before is not None and before.fingerprint == inputs.fingerprint:
         return before  # before the lock, so that ranks need not queue
     with writing(store_path):
@@ -157,20 +103,9 @@ def _prepared(
         lock.release()
 
 
-def recipe_of(data: Data, model_path: Path, held_out: Sequence[Source]) -> Recipe:
-    """All that decides what a row becomes.
-
-    Raises:
-        ModelError: the tokenizer is missing or broken.
-        DataError: a held-out source cannot be read.
-    """
-    chat = ChatFormat.of(load_tokenizer(model_path), data.chat_template, data.supervise, data.special_tokens)
-    return Recipe(chat, data.sources, data.clean, _overlap(data, held_out))
-
-
 def _make(
     data: Data,
-    inputs: _Inputs,
+    inputs: Inputs,
     model_path: Path,
     store_path: Path,
     progress: Progress | None,
@@ -182,7 +117,7 @@ def _make(
     rows = 0
     small = sum(file.bytes for file in inputs.files) < SMALL_BYTES
     workers = 0 if small else data.workers or len(os.sched_getaffinity(0))
-    with open_pool(workers, lambda: recipe_of(data, model_path, held_out)) as pool:
+    with open_pool(workers, partial(Recipe.of, data, model_path, held_out)) as pool:
         chat = pool.recipe.chat
         for of, name, counts in _make_parts(data, inputs, pool, 2 * max(1, workers), store_path / PARTS, made):
             if counts.bad and data.on_bad_row == "error":
@@ -192,7 +127,6 @@ def _make(
             rows += counts.rows
             if progress is not None:
                 progress(rows, None)
-    _refuse_changed(inputs)
     columns = Columns([store_path / PARTS / f"{name}.arrow" for of in made for name in of.parts])
     choice = choose(columns, data.clean, data.holdout)
     manifest = _manifest(data, inputs, chat, made, columns, choice)
@@ -204,13 +138,13 @@ def _make(
 class _Made:
     """What became of one file: its parts in their order, and why it could not be read to its end, if so."""
 
-    file: _File
+    file: InputFile
     parts: dict[str, PartCounts] = field(default_factory=dict)
     unreadable: str = ""
 
 
 def _make_parts(
-    data: Data, inputs: _Inputs, pool: Pool, most_waiting: int, folder: Path, made: Sequence[_Made]
+    data: Data, inputs: Inputs, pool: Pool, most_waiting: int, folder: Path, made: Sequence[_Made]
 ) -> Iterator[tuple[_Made, str, PartCounts]]:
     """Parts in their order; those that are not there yet are made by the pool."""
     waiting: deque[tuple[_Made, str, PartCounts | Future[PartCounts]]] = deque()
@@ -220,9 +154,10 @@ def _make_parts(
         return of, name, counts if isinstance(counts, PartCounts) else result_of(counts)
 
     for of in made:
-        key = _part_key(of.file, data, inputs.recipe)
+        key = part_key(of.file, data, inputs.recipe)
         try:
             for chunk in read_chunks(of.file.file, of.file.chunk_bytes):
+                of.file.refuse_changed()  # before there is a part that bears the name of what was hashed
                 name = f"{key}-{chunk.index:05d}"
                 counts = read_part_counts(folder / name)
                 waiting.append((of, name, counts or pool.submit(make_part, chunk, folder / name)))
@@ -237,7 +172,7 @@ def _make_parts(
 
 
 def _manifest(
-    data: Data, inputs: _Inputs, chat: ChatFormat, made: Sequence[_Made], columns: Columns, choice: Choice
+    data: Data, inputs: Inputs, chat: ChatFormat, made: Sequence[_Made], columns: Columns, choice: Choice
 ) -> Manifest:
     parts = [counts for of in made for counts in of.parts.values()]
     skipped = Counter(reason for counts in parts for _, reason, _ in counts.bad)
@@ -248,8 +183,8 @@ def _manifest(
     return Manifest(
         fingerprint=inputs.fingerprint,
         files=[
-            {"source": of.file.file.source, "path": of.file.file.path, "hash": of.file.hash, "stat": of.file.stat,
-             "parts": list(of.parts)}
+            {"source": of.file.file.source, "path": of.file.file.path, "hash": of.file.hash,
+             "stat": of.file.lasting_stat, "parts": list(of.parts)}
             for of in made
         ],
         sources=[
@@ -330,91 +265,8 @@ def _refuse_to_replace(store_path: Path, before: Manifest | None, keep: str | No
         )
 
 
-def _refuse_changed(inputs: _Inputs) -> None:
-    for file in inputs.files:
-        if file.stat is not None and stat_of(file.file) != file.stat:
-            raise DataError(f"{file.file.path}: changed while it was read; run the command again when it is whole")
-
-
-def _overlap(data: Data, held_out: Sequence[Source]) -> Overlap | None:
-    """The words in a row that no training row may share: those of held-out sources, and of rows held out here."""
-    if not data.clean.decontaminate:
-        return None
-    content = np.empty(0, np.uint64)
-    if isinstance(data.holdout, int):
-        hashes = (row.content_hash for row in read_conversations(data.sources, data.on_bad_row))
-        content = np.fromiter(hashes, np.uint64)
-    below = bound(data.holdout, content)
-    rows = [read_conversations(held_out, data.on_bad_row), held_out_rows(data, below) if below else ()]
-    return Overlap.of(itertools.chain(*rows), data.clean.decontaminate)
-
-
 def _manifest_or_none(store_path: Path) -> Manifest | None:
     try:
         return read_manifest(store_path)
     except DataError:
         return None
-
-
-def _inputs(data: Data, model_path: Path, held_out: Sequence[Source], before: Manifest | None) -> _Inputs:
-    """Hashes of contents, not of paths or times: a moved or copied file stays the same file."""
-    if not model_path.is_dir():
-        raise ModelError(f"{model_path.absolute()}: no such model folder; correct model.path")
-    if data.clean.decontaminate and not held_out and data.holdout is None:
-        raise ConfigError(
-            "'data.clean.decontaminate' compares with held-out rows: give evaluate.sources or data.holdout"
-        )
-    files, ignored = resolve_sources(data.sources)
-    known = {file["path"]: (file["stat"], file["hash"]) for file in before.files} if before else {}
-    hashed = tuple(_hashed(file, known, data.on_bad_row == "skip") for file in files)
-    tokenizer = [
-        f"{name} {_hash_file(model_path / name)}" for name in TOKENIZER_INPUTS if (model_path / name).is_file()
-    ]
-    facts: list[Any] = [f"store {VERSION}", *tokenizer, _template(data.chat_template)]
-    facts += [data.supervise, data.special_tokens, feature_identity(data.clean, None)]
-    if data.clean.decontaminate:
-        facts.append(data.holdout)
-        facts += [*(hash_of(file) for file in resolve_sources(held_out)[0])]
-        facts += [file.hash for file in hashed] if data.holdout else []
-    recipe = _hash(facts)
-    keys = [_part_key(file, data, recipe) if file.hash else file.file.path for file in hashed]
-    sources = [file.file.source for file in hashed]
-    fingerprint = _hash([recipe, keys, sources, data.clean.model_dump(mode="json"), data.holdout])
-    return _Inputs(hashed, tuple(ignored), recipe, fingerprint)
-
-
-def _template(choice: str | None) -> list[str]:
-    """What the run file says of the template, as text; whether that is a template is seen when it is used."""
-    if choice is None:
-        return ["model", DEFAULT_TEMPLATE]
-    named = [path for path in (TEMPLATES / f"{choice}.jinja", Path(choice)) if path.is_file()]
-    return [choice, named[0].read_text(encoding="utf-8", errors="replace") if named else ""]
-
-
-def _hashed(file: SourceFile, known: Mapping[str, tuple[Any, str]], skip: bool) -> _File:
-    try:
-        stat = stat_of(file)
-        if stat is None:  # a data set by name
-            return _File(file, hash_of(file), None, 32 * CHUNK_BYTES[1])
-        if known.get(file.path, (None, ""))[0] == stat:
-            return _File(file, known[file.path][1], stat, stat[0])
-        racy = time.time() - stat[1] / 1e9 < RACY_SECONDS
-        return _File(file, hash_of(file), None if racy else stat, stat[0])
-    except UnreadableFile:
-        if not skip:
-            raise
-        return _File(file, "", None, 0)
-
-
-def _part_key(file: _File, data: Data, recipe: str) -> str:
-    source = data.sources[file.file.source]
-    return _hash([recipe, file.hash, file.file.kind, file.chunk_bytes, source.fields, source.roles])[:16]
-
-
-def _hash(facts: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -40,10 +40,14 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One packed row: its documents (or pieces of them), and for each a number that no other has in an epoch."""
+    """One packed row: its documents (or pieces of them), and for each a number that no other has in an epoch.
+
+    `places` are the files and rows that they come from, where that is known without looking it up.
+    """
 
     indices: tuple[int, ...]
     documents: tuple[Document, ...]
+    places: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -72,12 +72,8 @@ class Tokens:
         if isinstance(value, str):
             return self._special.search(value) is not None
         if isinstance(value, Mapping):
-            return self.spelled(list(value)) or self.spelled(list(value.values()))
-        if isinstance(value, list | tuple):
-            for item in value:
-                if self.spelled(item):
-                    return True
-        return False
+            value = [*value, *value.values()]
+        return isinstance(value, (list, tuple)) and any(map(self.spelled, value))
 
     def hide(self, value: Any) -> Any:
         """The same with characters of no meaning in place of spelled special tokens.

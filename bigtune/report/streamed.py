@@ -7,9 +7,9 @@ import numpy as np
 from bigtune.config import Run
 from bigtune.data.files import read_chunks
 from bigtune.data.live import BLOCK_BYTES, LiveRows
-from bigtune.data.parts import Recipe, collect
+from bigtune.data.parts import collect
 from bigtune.data.plan import Plan
-from bigtune.data.prepare import recipe_of
+from bigtune.data.recipe import Recipe
 from bigtune.data.rows import Position, Row
 from bigtune.data.sources import SourceFile, UnreadableFile, resolve_sources
 from bigtune.data.store import Document
@@ -26,7 +26,7 @@ def inspect_stream(run: Run, wishes: Wishes) -> Inspection:
     Raises:
         BigtuneError: a source or the model folder cannot be read, or a row cannot be used.
     """
-    recipe = recipe_of(run.data, run.model.path, run.held_out)
+    recipe = Recipe.of(run.data, run.model.path, run.held_out)
     begun = list(_beginnings(run, recipe))
     window: list[Row] = []
     lost: dict[str, int] = {}
@@ -114,7 +114,10 @@ def _inspection(
             PackedRow(
                 number,
                 run.data.sequence_length,
-                tuple(Sample("", "", reader.read(document)) for document in row.documents),
+                tuple(
+                    Sample(where, "", reader.read(document))
+                    for where, document in zip(row.places, row.documents, strict=True)
+                ),
             )
             for number, row in enumerate(window[: wishes.rows])
         ),

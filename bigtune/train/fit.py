@@ -18,9 +18,9 @@ def open_rows(run: Run) -> Rows:
     if not run.data.stream:
         return RowStream(Store.open(run.store), run.data, run.train.seed, run.train.epochs)
     from bigtune.data.live import LiveRows
-    from bigtune.data.prepare import recipe_of
+    from bigtune.data.recipe import Recipe
 
-    rows = LiveRows(run.data, recipe_of(run.data, run.model.path, run.held_out), run.train.seed)
+    rows = LiveRows(run.data, Recipe.of(run.data, run.model.path, run.held_out), run.train.seed)
     rows.require_supervised()
     return rows
 

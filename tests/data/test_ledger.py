@@ -22,8 +22,8 @@ from bigtune.config import Data, TrainingSource
 from bigtune.data import live, prepare
 from bigtune.data.live import LiveRows
 from bigtune.data.loader import Loader
-from bigtune.data.parts import Recipe
 from bigtune.data.pool import open_pool
+from bigtune.data.recipe import Recipe
 from bigtune.data.rows import Position, Row
 from bigtune.data.store import Store
 from bigtune.data.stream import RowStream
@@ -97,7 +97,7 @@ def test_each_document_is_learnt_once_an_epoch_whatever_happens(
     data = Data(sources=(TrainingSource(path=tmp_path / "rows.jsonl"),), sequence_length=64, stream=streamed)
     if not streamed:
         prepare.prepare(data, model_path, tmp_path / "store")
-    recipe = prepare.recipe_of(data, model_path, ())
+    recipe = Recipe.of(data, model_path, ())
     random.seed(1)
     context = multiprocessing.get_context("spawn")
     learnt: Counter[int] = Counter()

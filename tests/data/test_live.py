@@ -5,6 +5,7 @@ import functools
 import gzip
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
 
 from bigtune.config import Data, TrainingSource, resolve
 from bigtune.data import live
 from bigtune.data.live import LiveRows
-from bigtune.data.parts import Recipe
 from bigtune.data.pool import open_pool
-from bigtune.data.prepare import recipe_of
+from bigtune.data.recipe import Recipe
 from bigtune.data.rows import Position
 from bigtune.errors import BigtuneError, ConfigError, DataError
 
@@ -61,7 +62,7 @@ def stream(folder: Path, model_path: Path, seed: int = 3, **settings: Any) -> Li
 
 @functools.cache
 def _recipe(model_path: Path) -> Recipe:
-    return recipe_of(Data(sources=(TrainingSource(path=model_path),)), model_path, ())
+    return Recipe.of(Data(sources=(TrainingSource(path=model_path),)), model_path, ())
 
 
 def epoch_of(rows: LiveRows, start: Position, epoch: int = 0) -> Iterator[tuple[Position, tuple[int, ...]]]:
@@ -179,6 +180,36 @@ def test_sources_with_nothing_to_learn_are_refused(tmp_path: Path, model_path: P
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "four " * 40, "answer": "4"}) + "\n")
     with pytest.raises(DataError, match=r"are supervised, less than data.min_supervised"):
         stream(tmp_path, model_path, min_supervised=0.5).require_supervised()
+
+
+def test_a_large_source_with_nothing_to_learn_is_not_read_to_its_end(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No", "train": False}]
+    (tmp_path / "a.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 3000)
+    monkeypatch.setattr(live, "EMPTY_AT_FIRST", 4)
+    rows = stream(tmp_path, model_path)
+    with pytest.raises(DataError, match=r"nothing to train on in the first 4 windows \([\d,]+ × nothing supervised"):
+        rows.require_supervised()
+    assert 100 < rows.lost["nothing supervised"] < 1000
+
+
+def test_a_row_knows_the_places_of_its_documents(tmp_path: Path, model_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts(300)))
+    rows, _ = stream(tmp_path, model_path).take(Position(), 40)
+    raw, tokenizer = path.read_bytes(), Tokenizer.from_str(_recipe(model_path).chat.tokenizer_json)
+    checked = 0
+    for row in rows:
+        for place, document in zip(row.places, row.documents, strict=True):
+            found = re.fullmatch(rf"{re.escape(str(path))} \(from byte ([\d,]+) on\), row (\d+)", place)
+            assert found, place
+            begin, number = int(found[1].replace(",", "")), int(found[2])
+            first = raw.rindex(b"\n", 0, begin) + 1 if begin else 0  # of the line that the byte lies in
+            lines = raw[first:].splitlines()[first < begin :]
+            assert json.loads(lines[number - 1])["question"] in tokenizer.decode(document.input_ids)
+            checked += 1
+    assert checked > 100
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path, model_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from bigtune.config import Clean, Data, Source, TrainingSource
+from bigtune.data import inputs
 from bigtune.data import prepare as room
 from bigtune.data.parts import make_part
 from bigtune.data.prepare import prepare
@@ -116,7 +117,7 @@ def test_an_unchanged_file_is_not_even_read_again(
     old = time.time() - 60
     os.utime(rows, (old, old))
     first = prepare(data(rows), model_path, tmp_path / "s")
-    monkeypatch.setattr(room, "hash_of", lambda file: pytest.fail("it was read"))
+    monkeypatch.setattr(inputs, "hash_of", lambda file: pytest.fail("it was read"))
     assert prepare(data(rows), model_path, tmp_path / "s") == first
     monkeypatch.undo()
     # The same size, and a time that differs: its contents decide.
@@ -321,20 +322,25 @@ def test_missing_files_are_named_before_any_work(write_rows: WriteRows, model_pa
 def test_a_file_that_changes_while_it_is_read_is_refused(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = written(tmp_path / "a.jsonl", many(50))
-    old = time.time() - 60
-    os.utime(path, (old, old))
+    rows = many(50)
+    path = written(tmp_path / "a.jsonl", rows)
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", (1024, 1024))
     make = make_part
 
-    def growing(recipe: Any, chunk: Any, part: Path) -> Any:
+    def changing(recipe: Any, chunk: Any, part: Path) -> Any:
         if chunk.index == 0:
-            with path.open("a") as file:
-                file.write(json.dumps(qa("late", "row")) + "\n")
+            written(path, [*rows[:-1], qa("late", "row")])
         return make(recipe, chunk, part)
 
-    monkeypatch.setattr(room, "make_part", growing)
+    monkeypatch.setattr(room, "make_part", changing)
     with pytest.raises(DataError, match=r"a.jsonl: changed while it was read; run the command again"):
         prepare(data(path), model_path, tmp_path / "s")
+    # What was made of it is not taken for the file that was hashed, should that come back.
+    monkeypatch.undo()
+    written(path, rows)
+    assert prepare(data(path), model_path, tmp_path / "s").documents == 50
+    prepare(data(path), model_path, tmp_path / "whole")
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
 
 
 def test_documents_that_a_checkpoint_needs_are_not_replaced(model_path: Path, tmp_path: Path) -> None:
@@ -360,7 +366,7 @@ def test_of_several_ranks_one_works(write_rows: WriteRows, model_path: Path, tmp
 
 
 LARGE = 2_000
-MANY_CHUNKS = {"SMALL_BYTES": 0, "CHUNK_BYTES": (8192, 8192)}
+SMALL_CHUNKS = (8192, 8192)
 
 
 @pytest.fixture(scope="module")
@@ -371,8 +377,8 @@ def large_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def large(large_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that is cut into many chunks and goes to worker processes."""
-    for name, value in MANY_CHUNKS.items():
-        monkeypatch.setattr(room, name, value)
+    monkeypatch.setattr(room, "SMALL_BYTES", 0)
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", SMALL_CHUNKS)
     return large_file
 
 
@@ -391,8 +397,8 @@ def test_a_killed_call_goes_on_where_it_ended_and_leaves_no_process(
 ) -> None:
     code = (
         "from pathlib import Path; from bigtune.config import Data, TrainingSource;"
-        "from bigtune.data import prepare as room;"
-        f"vars(room).update({MANY_CHUNKS});"
+        "from bigtune.data import inputs, prepare as room;"
+        f"room.SMALL_BYTES, inputs.CHUNK_BYTES = 0, {SMALL_CHUNKS};"
         f"d = Data(sources=(TrainingSource(path=Path({str(large)!r})),), sequence_length=128, workers=2);"
         f"room.prepare(d, Path({str(model_path)!r}), Path({str(tmp_path / 's')!r}))"
     )
