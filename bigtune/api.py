@@ -20,7 +20,7 @@ from bigtune.errors import ConfigError, LaunchError
 from bigtune.progress import bar
 
 if TYPE_CHECKING:
-    from bigtune.data.store import Manifest
+    from bigtune.data.manifest import Manifest
     from bigtune.evaluate.report import Report
     from bigtune.report.inspection import Inspection
 

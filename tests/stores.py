@@ -9,17 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from bigtune.config import Data, TrainingSource
-from bigtune.data.store import (
-    PARTS,
-    SCHEMA,
-    Document,
-    Manifest,
-    PartCounts,
-    SourceCounts,
-    Store,
-    write_part,
-    write_store,
-)
+from bigtune.data.document import Document
+from bigtune.data.manifest import Manifest, PartCounts, SourceCounts
+from bigtune.data.store import PARTS, SCHEMA, Store, write_part, write_store
 
 
 def document(tokens: Sequence[int], *spans: tuple[int, int], weights: Sequence[float] = ()) -> Document:

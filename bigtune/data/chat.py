@@ -17,35 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bigtune.data.conversation import Conversation, Message
+from bigtune.data.document import Document
 from bigtune.data.template import DEFAULT_TEMPLATE, Refusal, Template, Tools, find_template, turns_of
 from bigtune.data.tokens import Text, Tokenised, Tokens
 from bigtune.data.turns import Drawing, Drawn, Supervise, supervised_turns
 from bigtune.errors import ConfigError, DataError, ModelError
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
-
-
-def _ones() -> npt.NDArray[np.float32]:
-    return np.empty(0, dtype=np.float32)  # as many as there are spans; see __post_init__
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One document: `input_ids` int32 [n]; `spans` int32 [k, 2], half-open ranges of supervised tokens, increasing
-    and disjoint; `weights` float32 [k], of each span, above 0, and 1 where not given."""
-
-    input_ids: npt.NDArray[np.int32]
-    spans: npt.NDArray[np.int32]
-    weights: npt.NDArray[np.float32] = field(default_factory=_ones)
-
-    def __post_init__(self) -> None:
-        if len(self.weights) != len(self.spans):
-            object.__setattr__(self, "weights", np.ones(len(self.spans), dtype=np.float32))
-
-    @property
-    def supervised(self) -> int:
-        """Number of supervised tokens."""
-        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -156,9 +134,8 @@ class ChatFormat:
 
     @property
     def identity(self) -> str:
-        """What decides the token ids beside the tokenizer's files, as text."""
-        facts = [self.template, self.tool_template, self.supervise, self.special_tokens]
-        return json.dumps(facts, ensure_ascii=False)
+        """All that decides the token ids, as text; the template's name is not of it."""
+        return json.dumps(self.__getstate__() | {"name": ""}, sort_keys=True)
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """The text that asks for the next assistant turn, the same as in training.
@@ -189,7 +166,7 @@ class ChatFormat:
         ids: list[int] = made[0].tolist()
         return ids
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded] | DataError]:
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[Document] | DataError]:
         """The documents of each conversation, by turn, or why there are none; in the order of the conversations.
 
         A conversation is one document, but for templates that write earlier turns otherwise once more follow; see
@@ -230,7 +207,7 @@ class ChatFormat:
 
     def _finished(
         self, conversation: Conversation, made: Sequence[tuple[Drawn, Tokenised | Refusal]]
-    ) -> list[Encoded] | DataError:
+    ) -> list[Document] | DataError:
         documents = []
         for drawn, tokenised in made:
             if isinstance(tokenised, Refusal):
@@ -277,11 +254,11 @@ def _cuts(drawn: Drawn) -> list[int]:
     return sorted({*drawn.prompts, *(border for span in drawn.spans for border in span)})
 
 
-def _document(ids: npt.NDArray[np.int32], spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> Encoded:
+def _document(ids: npt.NDArray[np.int32], spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> Document:
     # A document's first token has nothing before it to predict it from.
     kept = [(max(start, 1), end, weight) for (start, end), weight in zip(spans, weights, strict=True)]
     kept = [(start, end, weight) for start, end, weight in kept if start < end]
-    return Encoded(
+    return Document(
         ids,
         np.array([span[:2] for span in kept], dtype=np.int32).reshape(-1, 2),
         np.array([span[2] for span in kept], dtype=np.float32),

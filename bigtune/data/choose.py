@@ -3,8 +3,7 @@
 Nothing is rewritten for it: a choice is a list of positions, made from the parts' columns in seconds.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bigtune.config import Clean
-from bigtune.data.clean import select
+from bigtune.data.clean import Removals, select
 from bigtune.data.duplicates import Column, Signatures
 from bigtune.data.features import features
 from bigtune.data.holdout import bound
@@ -32,65 +31,102 @@ class Choice:
     counts: Mapping[str, int]  # rows removed, by reason
     held_out: int
     held_out_below: int
+    silent_tokens: int  # of rows with nothing supervised
     duplicate_ids: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On R rows of N documents, N being R or more."""
+
+    kept: npt.NDArray[np.bool_]  # [N], documents
+    held: npt.NDArray[np.bool_]  # [R], rows held out
+    silent: npt.NDArray[np.bool_]  # [R], the others with nothing supervised
+    cleaned: npt.NDArray[np.int64]  # rows that are neither, which cleaning looks at
+    removals: Removals  # of `cleaned`
+    silent_tokens: int
+
+    def counts(self) -> dict[str, int]:
+        """Rows that are left out though they are not held out, by reason."""
+        silent = {NOTHING_SUPERVISED: int(self.silent.sum())} if self.silent.any() else {}
+        return {**silent, **self.removals.counts()}
 
 
 def choose(columns: Columns, clean: Clean, holdout: float | int | None) -> Choice:
     """Decide on every document; those of one row share its fate."""
-    first = np.flatnonzero(columns.numbers("part") == 0)  # one a row
-    owner = np.cumsum(columns.numbers("part") == 0) - 1
-    content, supervised = columns.numbers("content"), columns.numbers("supervised")
-    below = bound(holdout, content[first])
-    held = content[first] < np.uint64(below)
-    learnt = np.bincount(owner, weights=supervised > 0, minlength=len(first)) > 0
-    candidates = np.flatnonzero(~held & learnt)
-    at = first[candidates]
-    removals = select(
-        _Features(columns, at), content[at], _longest(owner, columns.lengths(), len(first))[candidates], clean
+    begins = columns.numbers("part") == 0
+    first, owner = np.flatnonzero(begins), np.cumsum(begins) - 1
+    content = columns.numbers("content")[first]
+    below = bound(holdout, content)
+    verdict = _judge(
+        owner,
+        content,
+        columns.lengths(),
+        columns.numbers("supervised"),
+        lambda rows: _Features(columns, first[rows]),
+        below,
+        clean,
     )
-    kept = np.zeros(len(first), dtype=bool)
-    kept[candidates] = removals.kept
-    chosen = np.flatnonzero(kept[owner] & (supervised > 0)) if len(owner) else np.empty(0, np.int64)
-    silent = np.flatnonzero(~held & ~learnt)
-    counts = {NOTHING_SUPERVISED: len(silent)} if len(silent) else {}
-    removed: list[tuple[int, str, int | None]] = [(int(first[row]), NOTHING_SUPERVISED, None) for row in silent]
-    for i in np.flatnonzero(~removals.kept).tolist():
-        removal = removals[i]
+    removed: list[tuple[int, str, int | None]] = [
+        (int(first[row]), NOTHING_SUPERVISED, None) for row in np.flatnonzero(verdict.silent)
+    ]
+    at = first[verdict.cleaned]
+    for i in np.flatnonzero(~verdict.removals.kept).tolist():
+        removal = verdict.removals[i]
         assert removal is not None
         removed.append((int(at[i]), removal.reason, None if removal.like is None else int(at[removal.like])))
     ids = columns.numbers("id")[first]
     ids = ids[ids != 0]
     return Choice(
-        chosen=chosen.astype(np.int64),
+        chosen=np.flatnonzero(verdict.kept).astype(np.int64),
         removed=tuple(sorted(removed)),
-        counts={**counts, **removals.counts()},
-        held_out=int(held.sum()),
+        counts=verdict.counts(),
+        held_out=int(verdict.held.sum()),
         held_out_below=below,
+        silent_tokens=verdict.silent_tokens,
         duplicate_ids=len(ids) - len(np.unique(ids)),
     )
 
 
-def _longest(owner: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], rows: int) -> npt.NDArray[np.int64]:
-    """The longest document of each row."""
-    tokens = np.zeros(rows, dtype=np.int64)
-    np.maximum.at(tokens, owner, lengths)
-    return tokens
-
-
-def choose_collected(collected: Collected, recipe: Recipe, below: int, lost: Counter[str]) -> npt.NDArray[np.bool_]:
-    """The same for the documents of one chunk, where rows are judged one by one; counts what is left out in `lost`."""
-    owners = np.array(collected.owners, dtype=np.int64)
-    supervised = np.array([document.supervised for document in collected.documents], dtype=np.int64)
-    content = np.array([conversation.content_hash for conversation in collected.conversations], dtype=np.uint64)
-    lengths = np.array([len(document.input_ids) for document in collected.documents], dtype=np.int32)
-    learnt = np.bincount(owners, weights=supervised > 0, minlength=len(content)) > 0
-    held = content < np.uint64(below)
+def choose_collected(collected: Collected, recipe: Recipe, below: int) -> Verdict:
+    """The same for the documents of one chunk, where rows are judged one by one."""
     made = features(collected.conversations, recipe.clean, recipe.overlap)
     columns = {name: column.to_numpy(zero_copy_only=False) for name, column in made.items()}
-    removals = select(columns, content, _longest(owners, lengths, len(content)), recipe.clean)
-    lost.update(removals.counts())
-    lost.update({NOTHING_SUPERVISED: int((~learnt & ~held).sum()), "held out": int(held.sum())})
-    return (removals.kept & ~held)[owners] & (supervised > 0)
+    return _judge(
+        np.array(collected.owners, dtype=np.int64),
+        np.array([conversation.content_hash for conversation in collected.conversations], dtype=np.uint64),
+        np.array([len(document) for document in collected.documents], dtype=np.int32),
+        np.array([document.supervised for document in collected.documents], dtype=np.int32),
+        lambda rows: {name: column[rows] for name, column in columns.items()},
+        below,
+        recipe.clean,
+    )
+
+
+def _judge(
+    owner: npt.NDArray[np.int64],
+    content: npt.NDArray[np.uint64],
+    lengths: npt.NDArray[np.int32],
+    supervised: npt.NDArray[np.int32],
+    features_of: Callable[[npt.NDArray[np.int64]], Mapping[str, Column]],
+    below: int,
+    clean: Clean,
+) -> Verdict:
+    """`owner` [N] gives the row of each document; `content` [R] is of rows, `lengths` and `supervised` [N] in tokens.
+
+    `features_of` gives the features of some rows.
+    """
+    rows = len(content)
+    held = content < np.uint64(below)
+    silent = ~held & ~(np.bincount(owner, weights=supervised > 0, minlength=rows) > 0)
+    longest = np.zeros(rows, dtype=np.int64)
+    np.maximum.at(longest, owner, lengths)
+    cleaned = np.flatnonzero(~held & ~silent)
+    removals = select(features_of(cleaned), content[cleaned], longest[cleaned], clean)
+    kept = np.zeros(rows, dtype=bool)
+    kept[cleaned] = removals.kept
+    silent_tokens = int(lengths[silent[owner]].sum(dtype=np.int64))
+    return Verdict(kept[owner] & (supervised > 0), held, silent, cleaned, removals, silent_tokens)
 
 
 class _Features(Mapping[str, Column]):

@@ -18,6 +18,8 @@ from bigtune.data.sources import SourceFile, UnreadableFile, open_bytes
 from bigtune.data.values import BadRow
 
 COPIED = 1 << 20  # bytes decompressed at once
+PROBED = 16  # rows from which the size of the others is reckoned
+MOST_ROWS = 1 << 12  # of a batch
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
@@ -39,9 +41,7 @@ def batches_of(file: SourceFile, batch_bytes: int) -> Iterator[pa.RecordBatch]:
     """All rows of a file, in order."""
     with _seekable(file) as opened:
         if file.kind == "parquet":
-            parquet = _open_parquet(opened, file.path)
-            rows = max(1, batch_bytes * parquet.metadata.num_rows // max(_total_bytes(parquet), 1))
-            yield from parquet.iter_batches(batch_size=min(rows, 1 << 16))
+            yield from _parquet_batches(_open_parquet(opened, file.path), None, batch_bytes)
         else:
             yield from _checked(_arrow_batches(opened, file.path))
 
@@ -73,28 +73,40 @@ def column_rows(payload: bytes) -> Iterator[Any]:
         yield from map(_without_nulls, rows)
 
 
-def parquet_blocks(path: str, block_bytes: int) -> Iterator[tuple[int, int]]:
-    """Ranges of row groups of about so many bytes."""
+def parquet_blocks(path: str, block_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Ranges of row groups of about so many bytes, and the bytes."""
     metadata = _open_parquet(path, path).metadata
     start, size = 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
         if size >= block_bytes or group + 1 == metadata.num_row_groups:
-            yield start, group + 1
+            yield start, group + 1, size
             start, size = group + 1, 0
 
 
-def parquet_block(path: str, start: int, end: int) -> Iterator[pa.RecordBatch]:
-    yield from _open_parquet(path, path).iter_batches(row_groups=list(range(start, end)))
+def parquet_block(path: str, start: int, end: int, batch_bytes: int) -> Iterator[pa.RecordBatch]:
+    """The rows of some row groups, in order."""
+    yield from _parquet_batches(_open_parquet(path, path), list(range(start, end)), batch_bytes)
 
 
-def arrow_blocks(path: str, block_bytes: int) -> list[tuple[int, int]] | None:
-    """Ranges of record batches (file format) or of bytes (stream format). None where dictionaries stand between."""
+def _parquet_batches(parquet: Any, groups: list[int] | None, batch_bytes: int) -> Iterator[pa.RecordBatch]:
+    # What a row takes is seen from some: a text that all rows share is stored once, and is read again for each.
+    some = next(parquet.iter_batches(batch_size=PROBED, row_groups=groups), None)
+    if some is not None:
+        rows = batch_bytes * some.num_rows // max(some.nbytes, 1)
+        yield from parquet.iter_batches(batch_size=min(max(rows, 1), MOST_ROWS), row_groups=groups)
+
+
+def arrow_blocks(path: str, block_bytes: int) -> list[tuple[int, int, int]] | None:
+    """Ranges of record batches (file format) or of bytes (stream format), and their bytes. None where dictionaries
+    stand between."""
     with pa.memory_map(path) as mapped:  # so that finding where batches begin reads nothing else
         if _is_file_format(mapped):
             count = pa.ipc.open_file(mapped).num_record_batches
-            step = max(1, block_bytes * count // max(mapped.size(), 1))
-            return [(start, min(start + step, count)) for start in range(0, count, step)]
+            each = mapped.size() // max(count, 1)
+            step = max(1, block_bytes // max(each, 1))
+            ends = [(start, min(start + step, count)) for start in range(0, count, step)]
+            return [(start, end, (end - start) * each) for start, end in ends]
         _check_stream_end(mapped, path)
         starts: list[int] = []
         kinds: set[str] = set()
@@ -104,7 +116,9 @@ def arrow_blocks(path: str, block_bytes: int) -> list[tuple[int, int]] | None:
             if message.type == "record batch" and (not starts or at - starts[-1] >= block_bytes):
                 starts.append(at)
             at = mapped.tell()
-        return None if "dictionary" in kinds else list(itertools.pairwise([*starts, at]))
+        if "dictionary" in kinds:
+            return None
+        return [(start, end, end - start) for start, end in itertools.pairwise([*starts, at])]
 
 
 def arrow_block(path: str, start: int, end: int) -> Iterator[pa.RecordBatch]:
@@ -139,11 +153,6 @@ def _open_parquet(opened: Any, path: str) -> Any:
     if len(set(names)) < len(names):
         raise UnreadableFile(f"{path}: two columns have the same name; rename one")
     return parquet
-
-
-def _total_bytes(parquet: Any) -> int:
-    groups = range(parquet.metadata.num_row_groups)
-    return sum(parquet.metadata.row_group(group).total_byte_size for group in groups)
 
 
 def _arrow_batches(opened: Any, path: str) -> Iterator[pa.RecordBatch]:

@@ -45,6 +45,12 @@ class Conversation:
         return f"{self.path}, row {self.row}"
 
     @property
+    def characters(self) -> int:
+        """Of all that a template may write."""
+        said = len(self.text) + len(_plain(self.tools))
+        return said + sum(len(message.content) + len(_plain(message.extra)) for message in self.messages)
+
+    @property
     def content_hash(self) -> int:
         """64 bits of what is said, whatever the file, the format and the order of rows."""
         said = [self.text, _plain(self.tools)]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,12 +112,12 @@ def _weight(turn: Mapping[str, Any]) -> float | None:
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise wrong_type("weight", weight, "a number")
     try:
-        weight = float(weight)
+        kept = struct.unpack("f", struct.pack("f", weight))[0]  # in 32 bits, as documents keep it
     except OverflowError:
-        weight = math.inf
-    if not 0 <= weight < math.inf:  # NaN is neither
-        raise BadRow("wrong type of value", f": 'weight' is {weight}, not a number from 0 up")
-    return 0.0 if train is False else weight
+        kept = math.inf
+    if not 0 <= kept < math.inf or (weight and not kept):  # NaN is neither
+        raise BadRow("wrong type of value", f": 'weight' is {weight}, not 0 or a positive number of 32 bits")
+    return 0.0 if train is False else float(kept)
 
 
 def _spoken_calls(text: str) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The raw rows of one file, in chunks: undecoded where that can wait for another process, whole rows always.
 
     file ──read_chunks──▶ Chunk ──(another process)──▶ rows_of ──▶ (row number, value)
-    file ──list_blocks──▶ Block ──read_block──▶ Chunk, from anywhere in the file
+    file ──list_blocks──▶ Block ──read_block──▶ Chunks, from anywhere in the file
 
 Text is cut here, tables in `delimited`, arrays in `json_array`, and Parquet and Arrow in `columns`.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtune.data import delimited, json_array
-from bigtune.data.sources import SourceFile, UnreadableFile, open_bytes, reading
+from bigtune.data.sources import SourceFile, UnreadableFile, open_bytes, reading, stat_of
 from bigtune.data.values import BOM, BadRow
 
 MAX_ROW_BYTES = 1 << 30  # a file without line ends, or of NUL bytes, must not fill the memory
@@ -30,15 +30,22 @@ class Chunk:
     first_row: int  # from 1; for JSONL the line, as an editor counts
     payload: Any  # JSONL: whole lines; Parquet, Arrow, data sets: an Arrow stream; else a list
 
+    @property
+    def size(self) -> int:
+        """In bytes, about."""
+        return _size_of(self.payload)
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A part of a file that can be read by itself."""
+    """A part of a file that can be read by itself; all of it where it can be read from its start only."""
 
     file: SourceFile
     index: int  # from 0 within the file
     start: int  # in bytes (JSONL, Arrow streams), row groups (Parquet), record batches (Arrow), or rows (data sets)
     end: int
+    size: int  # in bytes, about, and before any compression of the whole file
+    whole: bool = False
 
 
 def read_chunks(file: SourceFile, chunk_bytes: int) -> Iterator[Chunk]:
@@ -74,55 +81,64 @@ def rows_of(chunk: Chunk) -> Iterator[tuple[int, Any]]:
         yield from enumerate(chunk.payload, chunk.first_row)
 
 
-def list_blocks(file: SourceFile, block_bytes: int) -> list[Block] | None:
-    """The blocks of a file, in order; None where it can be read from its start only.
-
-    Blocks are of about `block_bytes`, or of the file's own smallest units (row groups, record batches).
+def list_blocks(file: SourceFile, block_bytes: int) -> list[Block]:
+    """The blocks of a file, in order, of about `block_bytes`, or of the file's own smallest units (row groups, record
+    batches), which may be much larger. A file that can only be read from its start is one block.
 
     Raises:
         UnreadableFile: as `read_chunks`.
     """
-    ranges: list[tuple[int, int]] | None
     with _reading(file):
-        if file.compression is not None or file.kind in ("json", "csv", "tsv", "text"):
-            return None
-        if file.kind == "jsonl":
-            size = Path(file.path).stat().st_size
-            ranges = [(start, min(start + block_bytes, size)) for start in range(0, size, block_bytes)]
-        elif file.kind == "dataset":
-            from bigtune.data import hub
-
-            ranges = list(hub.row_ranges(hub.load(file.dataset, file.config, file.split), block_bytes))
-        else:
-            from bigtune.data import columns
-
-            if file.kind == "parquet":
-                ranges = list(columns.parquet_blocks(file.path, block_bytes))
-            else:
-                ranges = columns.arrow_blocks(file.path, block_bytes)
-    return None if ranges is None else [Block(file, index, *span) for index, span in enumerate(ranges)]
+        ranges = _ranges(file, block_bytes)
+        if ranges is None:
+            return [Block(file, 0, 0, 0, (stat_of(file) or [0])[0], whole=True)]
+    return [Block(file, index, *span) for index, span in enumerate(ranges)]
 
 
-def read_block(block: Block) -> Chunk:
-    """The rows of one block: for JSONL the lines that begin in it. Rows are counted from 1 within the block.
+def _ranges(file: SourceFile, block_bytes: int) -> list[tuple[int, int, int]] | None:
+    """(start, end, bytes) of each block; None where there is no telling."""
+    if file.compression is not None or file.kind in ("json", "csv", "tsv", "text"):
+        return None
+    if file.kind == "jsonl":
+        size = Path(file.path).stat().st_size
+        ends = [(start, min(start + block_bytes, size)) for start in range(0, size, block_bytes)]
+        return [(start, end, end - start) for start, end in ends]
+    from bigtune.data import columns, hub
+
+    if file.kind == "dataset":
+        return list(hub.row_ranges(hub.load(file.dataset, file.config, file.split), block_bytes))
+    if file.kind == "parquet":
+        return list(columns.parquet_blocks(file.path, block_bytes))
+    return columns.arrow_blocks(file.path, block_bytes)
+
+
+def read_block(block: Block, chunk_bytes: int) -> Iterator[Chunk]:
+    """The rows of one block, for JSONL the lines that begin in it, about so many bytes a chunk (but JSONL is one).
+    Rows are counted from 1 within the block.
 
     Raises:
         UnreadableFile: as `read_chunks`.
     """
     file, start, end = block.file, block.start, block.end
+    if block.whole:
+        yield from read_chunks(file, chunk_bytes)
+        return
     with _reading(file):
         if file.kind == "jsonl":
-            return Chunk(file, block.index, 1, _lines_from(file.path, start, end))
+            yield Chunk(file, block.index, 1, _lines_from(file.path, start, end))
+            return
         from bigtune.data import columns, hub
 
         if file.kind == "dataset":
             batches = hub.rows_in(hub.load(file.dataset, file.config, file.split), start, end)
         elif file.kind == "parquet":
-            batches = columns.parquet_block(file.path, start, end)
+            batches = columns.parquet_block(file.path, start, end, chunk_bytes)
         else:
             batches = columns.arrow_block(file.path, start, end)
-        payloads = [payload for payload, _ in columns.payloads_of(batches, 1 << 62, file.path)]
-    return Chunk(file, block.index, 1, payloads[0] if payloads else [])
+        first_row = 1
+        for payload, rows in columns.payloads_of(batches, chunk_bytes, file.path):
+            yield Chunk(file, block.index, first_row, payload)
+            first_row += rows
 
 
 @contextmanager
@@ -239,6 +255,14 @@ def _whole_text(stream: Any, path: str) -> Any:
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", f" (byte {error.start + 1} of the file)")
     return {"text": text.replace("\r\n", "\n").replace("\r", "\n")}
+
+
+def _size_of(payload: Any) -> int:
+    if isinstance(payload, bytes | str):
+        return len(payload)
+    if isinstance(payload, dict):
+        payload = list(payload.values())
+    return sum(map(_size_of, payload)) if isinstance(payload, list) else 0
 
 
 def _check_encoding(head: bytes, path: str) -> None:

@@ -30,6 +30,9 @@ from bigtune.errors import DataError
 __all__ = ["BadRow", "ReadCounts", "bad_row_error", "conversations_of", "read_conversations"]
 
 CHUNK_BYTES = 1 << 20
+MAX_CHARACTERS = 2**23
+"""Of one conversation: to tokenise as many takes about a gibibyte."""
+
 KNOWN = (
     "messages (list of role, content); conversations (list of from, value); instruction, input, "
     "output or response; instruction, instances (list of input, output); question, answer; prompt, completion; text"
@@ -74,8 +77,8 @@ def read_conversations(
                     yield from conversations
 
 
-def bad_row_error(path: str, row: int, bad: BadRow) -> DataError:
-    return DataError(f"{path}, row {row}: {bad}; mend the row, or set data.on_bad_row: skip")
+def bad_row_error(path: str, row: int, told: object) -> DataError:
+    return DataError(f"{path}, row {row}: {told}; mend the row, or set data.on_bad_row: skip")
 
 
 def conversations_of(value: Any, file_path: str, row: int, source: Source) -> list[Conversation]:
@@ -98,7 +101,7 @@ def conversations_of(value: Any, file_path: str, row: int, source: Source) -> li
         if not text.strip():
             raise BadRow("empty text")
         check_text(text)
-        return [Conversation((), file_path, row, text=text, task=task, tags=tags, id=name)]
+        return [_sized(Conversation((), file_path, row, text=text, task=task, tags=tags, id=name))]
     tools = _tools(keys)
     made = []
     dialogues = read(keys, source)
@@ -106,8 +109,14 @@ def conversations_of(value: Any, file_path: str, row: int, source: Source) -> li
         own = f"{name}/{number}" if name and len(dialogues) > 1 else name
         messages = _with_system(keys, turns)
         check_turns(messages)
-        made.append(Conversation(messages, file_path, row, tools=tools, task=task, tags=tags, id=own))
+        made.append(_sized(Conversation(messages, file_path, row, tools=tools, task=task, tags=tags, id=own)))
     return made
+
+
+def _sized(conversation: Conversation) -> Conversation:
+    if (size := conversation.characters) > MAX_CHARACTERS:
+        raise BadRow("too large", f" ({size:,} characters, at most {MAX_CHARACTERS:,}); cut it up")
+    return conversation
 
 
 def _messages(row: Row, source: Source) -> list[Turns]:
@@ -248,11 +257,16 @@ def _with_system(row: Row, turns: Turns) -> Turns:
 
 def _tools(row: Row) -> tuple[Mapping[str, Any], ...]:
     """A list of objects, or JSON text of the list or of its objects, as tables hold them."""
-    tools = [decode_line(tool.encode()) if isinstance(tool, str) else tool for tool in list_at(row, "tools")]
+    tools = [_decoded_tool(tool) if isinstance(tool, str) else tool for tool in list_at(row, "tools")]
     if not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("wrong type of value", ": 'tools' is no list of objects")
     check_plain(tools, "tools")
     return tuple(tools)
+
+
+def _decoded_tool(text: str) -> Any:
+    check_text(text)
+    return decode_line(text.encode())
 
 
 def _label(row: Row, key: str, number: bool = False) -> str:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from bigtune.config import Data
 from bigtune.data.conversation import Conversation
 from bigtune.data.formats import ReadCounts, read_conversations
-from bigtune.data.store import read_manifest
+from bigtune.data.manifest import read_manifest
 
 
 def bound(holdout: float | int | None, content: npt.NDArray[np.uint64]) -> int:

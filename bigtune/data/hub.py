@@ -53,12 +53,14 @@ def batches(dataset: Any) -> Iterator[Any]:
         yield from table.to_batches()
 
 
-def row_ranges(dataset: Any, block_bytes: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about so many bytes each."""
+def row_ranges(dataset: Any, block_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Ranges of rows of about so many bytes each, and the bytes."""
     rows = len(dataset)
-    step = max(1, block_bytes * rows // max(dataset.data.nbytes, 1))
+    each = dataset.data.nbytes // max(rows, 1)
+    step = max(1, block_bytes // max(each, 1))
     for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+        end = min(start + step, rows)
+        yield start, end, (end - start) * each
 
 
 def rows_in(dataset: Any, start: int, end: int) -> Iterator[Any]:

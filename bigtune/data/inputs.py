@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bigtune.config import Data, Source
 from bigtune.data.features import feature_identity
-from bigtune.data.sources import SourceFile, UnreadableFile, hash_of, resolve_sources, stat_of
-from bigtune.data.store import VERSION, Manifest
-from bigtune.data.template import DEFAULT_TEMPLATE, TEMPLATES
+from bigtune.data.manifest import VERSION, Manifest
+from bigtune.data.recipe import Recipe
+from bigtune.data.sources import SourceFile, UnreadableFile, hash_of, reading, resolve_sources, stat_of
+from bigtune.data.template import DEFAULT_TEMPLATE, template_path
 from bigtune.errors import ConfigError, DataError, ModelError
 
 # Whatever of a model folder decides on the token ids.
@@ -36,6 +39,9 @@ TOKENIZER_INPUTS = (
 
 CHUNK_BYTES = (2**18, 2**24)
 """Of a chunk, at least and at most; in between a 32nd of its file, so that small files keep many cores busy too."""
+
+SAMPLES, SAMPLE_BYTES = 64, 2**14
+"""Of each streamed file."""
 
 RACY_SECONDS = 2.0
 """A file changed so shortly before it was hashed may change again within the same tick of its clock."""
@@ -97,15 +103,12 @@ def inputs_of(data: Data, model_path: Path, held_out: Sequence[Source], before: 
     files, ignored = resolve_sources(data.sources)
     known = {file["path"]: (file["stat"], file["hash"]) for file in before.files} if before else {}
     hashed = tuple(_hashed(file, known, data.on_bad_row == "skip") for file in files)
-    tokenizer = [
-        f"{name} {_hash_file(model_path / name)}" for name in TOKENIZER_INPUTS if (model_path / name).is_file()
-    ]
-    facts: list[Any] = [f"store {VERSION}", *tokenizer, _template(data.chat_template)]
+    facts: list[Any] = [f"store {VERSION}", _tokenizer(model_path), _template(data.chat_template)]
     facts += [data.supervise, data.special_tokens, feature_identity(data.clean, None)]
     if data.clean.decontaminate:
         facts.append(data.holdout)
-        facts += [*(hash_of(file) for file in resolve_sources(held_out)[0])]
-        facts += [file.hash for file in hashed] if data.holdout else []
+        facts += [[hash_of(file), *_reading(file, held_out)] for file in resolve_sources(held_out)[0]]
+        facts += [[file.hash, *_reading(file.file, data.sources)] for file in hashed] if data.holdout else []
     recipe = _hash(facts)
     keys = [part_key(file, data, recipe) if file.hash else file.file.path for file in hashed]
     sources = [file.file.source for file in hashed]
@@ -113,12 +116,49 @@ def inputs_of(data: Data, model_path: Path, held_out: Sequence[Source], before: 
     return Inputs(hashed, tuple(ignored), recipe, fingerprint)
 
 
+def stream_fingerprint(files: Sequence[SourceFile], data: Data, recipe: Recipe, cutting: Sequence[int]) -> str:
+    """A hash of what streamed rows are made from, in no time on data of any size: of each file its size, its ends and
+    some samples in between. `cutting` are the numbers that decide how windows are cut.
+
+    Raises:
+        UnreadableFile: a source cannot be read.
+    """
+    settings = data.model_dump(mode="json", include={"sequence_length", "on_long_document", "clean", "holdout"})
+    facts: list[Any] = [f"stream {VERSION}", list(cutting), settings, recipe.identity]
+    facts += [[file.source, file.kind, file.compression, *_sample(file)] for file in files]
+    return _hash(facts)
+
+
+def _sample(file: SourceFile) -> list[Any]:
+    stat = stat_of(file)
+    if stat is None:
+        return [hash_of(file)]
+    size, total = stat[0], hashlib.sha256()
+    places = np.linspace(0, max(0, size - SAMPLE_BYTES), SAMPLES, dtype=np.int64).tolist()
+    with reading(file.path), Path(file.path).open("rb") as opened:
+        for place in places:
+            opened.seek(place)
+            total.update(opened.read(SAMPLE_BYTES))
+    return [size, total.hexdigest()]
+
+
+def _reading(file: SourceFile, sources: Sequence[Source]) -> list[Any]:
+    """What decides how the rows of a file are read."""
+    return [file.kind, sources[file.source].fields, sources[file.source].roles]
+
+
+def _tokenizer(model_path: Path) -> list[str]:
+    paths = [model_path / name for name in TOKENIZER_INPUTS]
+    paths += sorted((model_path / "additional_chat_templates").glob("*.jinja"))
+    return [f"{path.name} {_hash_file(path)}" for path in paths if path.is_file()]
+
+
 def _template(choice: str | None) -> list[str]:
     """What the run file says of the template, as text; whether that is a template is seen when it is used."""
     if choice is None:
         return ["model", DEFAULT_TEMPLATE]
-    named = [path for path in (TEMPLATES / f"{choice}.jinja", Path(choice)) if path.is_file()]
-    return [choice, named[0].read_text(encoding="utf-8", errors="replace") if named else ""]
+    path = template_path(choice)
+    return [choice, path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""]
 
 
 def _hashed(file: SourceFile, known: Mapping[str, tuple[Any, str]], skip: bool) -> InputFile:
@@ -137,8 +177,7 @@ def _hashed(file: SourceFile, known: Mapping[str, tuple[Any, str]], skip: bool) 
 
 
 def part_key(file: InputFile, data: Data, recipe: str) -> str:
-    source = data.sources[file.file.source]
-    return _hash([recipe, file.hash, file.file.kind, file.chunk_bytes, source.fields, source.roles])[:16]
+    return _hash([recipe, file.hash, file.chunk_bytes, *_reading(file.file, data.sources)])[:16]
 
 
 def _hash(facts: Sequence[Any]) -> str:

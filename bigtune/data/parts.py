@@ -9,20 +9,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bigtune.data.chat import Encoded
 from bigtune.data.conversation import Conversation
+from bigtune.data.document import Document
 from bigtune.data.features import feature_schema, features
 from bigtune.data.files import Chunk, rows_of
 from bigtune.data.formats import BadRow, conversations_of
+from bigtune.data.manifest import PartCounts
 from bigtune.data.recipe import Recipe
-from bigtune.data.store import SCHEMA, PartCounts, write_part
+from bigtune.data.store import SCHEMA, write_part
 from bigtune.errors import DataError
 
 BATCH_CHARACTERS = 2**20
-"""Text that is tokenised at once: what the tokenizer keeps of it on the way takes a hundred times as many bytes."""
-
-MAX_CHARACTERS = 2**23
-"""Of one conversation: tokenising takes about a gibibyte for as many."""
+"""Text of conversations that are looked at together."""
 
 REFUSED = "refused by the chat template"
 
@@ -31,7 +29,7 @@ REFUSED = "refused by the chat template"
 class Collected:
     """Documents and what they came from, side by side."""
 
-    documents: list[Encoded] = field(default_factory=list)
+    documents: list[Document] = field(default_factory=list)
     parts: list[int] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)  # positions in `conversations`
     conversations: list[Conversation] = field(default_factory=list)
@@ -47,9 +45,7 @@ def make_part(recipe: Recipe, chunk: Chunk, path: Path) -> PartCounts:
         DataError: it cannot be written.
     """
     collected = collect(recipe, chunk)
-    counts = _counts(collected)
-    write_part(path, _record_batch(collected, recipe), counts)
-    return counts
+    return write_part(path, _record_batch(collected, recipe), _counts(collected))
 
 
 def collect(recipe: Recipe, chunk: Chunk) -> Collected:
@@ -75,18 +71,9 @@ def _conversations(recipe: Recipe, chunk: Chunk, collected: Collected) -> Iterat
     for row, value in rows_of(chunk):
         collected.rows += 1
         try:
-            made = conversations_of(value, chunk.file.path, row, source)
-            for conversation in made:
-                if (size := _characters(conversation)) > MAX_CHARACTERS:
-                    raise BadRow("too large", f" ({size:,} characters, at most {MAX_CHARACTERS:,}); cut it up")
+            yield from conversations_of(value, chunk.file.path, row, source)
         except BadRow as bad:
-            collected.bad.append((row, bad.reason, f"{bad.reason}{bad.detail}"))
-        else:
-            yield from made
-
-
-def _characters(conversation: Conversation) -> int:
-    return len(conversation.text) + sum(len(message.content) for message in conversation.messages)
+            collected.bad.append((row, bad.reason, str(bad)))
 
 
 def _batches(conversations: Iterator[Conversation]) -> Iterator[list[Conversation]]:
@@ -94,7 +81,7 @@ def _batches(conversations: Iterator[Conversation]) -> Iterator[list[Conversatio
     size = 0
     for conversation in conversations:
         batch.append(conversation)
-        size += _characters(conversation)
+        size += conversation.characters
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -103,7 +90,7 @@ def _batches(conversations: Iterator[Conversation]) -> Iterator[list[Conversatio
 
 
 def _counts(collected: Collected) -> PartCounts:
-    lengths = [len(document.input_ids) for document in collected.documents]
+    lengths = [len(document) for document in collected.documents]
     return PartCounts(
         rows=collected.rows,
         documents=len(lengths),
@@ -126,7 +113,7 @@ def _record_batch(collected: Collected, recipe: Recipe) -> pa.RecordBatch:
         _lists([document.weights for document in collected.documents], pa.float32()),
         pa.array([document.supervised for document in collected.documents], pa.int32()),
         pa.array([conversation.row for conversation in of], pa.int64()),
-        pa.array(collected.parts, pa.int16()),
+        pa.array(collected.parts, pa.int32()),
         pa.array([conversation.content_hash for conversation in of], pa.uint64()),
         pa.array([_hash(conversation.id) if conversation.id else 0 for conversation in of], pa.uint64()),
     ]

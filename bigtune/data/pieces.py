@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bigtune.config import Data, TrainingSource
-from bigtune.data.store import Document, Store
+from bigtune.data.document import Document
+from bigtune.data.store import Store
 from bigtune.errors import DataError
 
 

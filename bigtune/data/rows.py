@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bigtune.data.store import Document
+from bigtune.data.document import Document
 from bigtune.errors import CheckpointError
 
 

@@ -33,6 +33,9 @@ KINDS = {
 PACKED = (".gz", ".gzip", ".zst", ".zstd")
 # What `datasets` keeps beside the rows.
 NOT_ROWS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+UNREADABLE = "unreadable file"
+"""What such files are counted under, where they are skipped."""
+
 SNIFFED = 1 << 16  # bytes in which the first character of JSON is looked for
 
 # Keys that a source's `fields` can name, of rows and of single turns.

@@ -17,7 +17,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from bigtune.data.document import Document
+from bigtune.data.manifest import MANIFEST, Manifest, PartCounts, read_manifest
 from bigtune.errors import DataError
 
-VERSION = 2  # of the files; part of every part's name
-MANIFEST, CHOSEN, REMOVED, PARTS = "manifest.json", "chosen.npy", "removed.jsonl", "parts"
+CHOSEN, REMOVED, PARTS = "chosen.npy", "removed.jsonl", "parts"
 
 SCHEMA = pa.schema(
     [
@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
         ("weights", pa.list_(pa.float32())),  # one a span
         ("supervised", pa.int32()),
         ("row", pa.int64()),
-        ("part", pa.int16()),  # of the documents that one row gives, from 0
+        ("part", pa.int32()),  # of the documents that one row gives, from 0
         ("content", pa.uint64()),  # hash of what the row says
         ("id", pa.uint64()),  # hash of the row's own id, 0 for none
     ]
@@ -45,99 +45,6 @@ SCHEMA = pa.schema(
 
 
 LISTS = ("input_ids", "spans", "weights")
-
-
-@dataclass(frozen=True)
-class Document:
-    """`input_ids` int32 [n], `spans` int32 [k, 2], `weights` float32 [k]: read-only views of a mapped file."""
-
-    input_ids: npt.NDArray[np.int32]
-    spans: npt.NDArray[np.int32]
-    weights: npt.NDArray[np.float32]
-
-    def piece(self, start: int, length: int) -> "Document":
-        """The tokens from `start` on, with what is supervised among them: not the first, which nothing predicts."""
-        spans = (self.spans - start).clip(1, length)
-        kept = spans[:, 0] < spans[:, 1]
-        return Document(self.input_ids[start : start + length], spans[kept], self.weights[kept])
-
-
-@dataclass(frozen=True)
-class PartCounts:
-    """What one part's rows became. `bad` rows are (row, reason, what to tell the user)."""
-
-    rows: int = 0
-    documents: int = 0
-    conversations: int = 0  # documents that the chat template was used for; the others are raw text
-    tokens: int = 0
-    supervised_tokens: int = 0
-    longest_tokens: int = 0
-    highest_token: int = 0
-    split_rows: int = 0  # rows of several documents, because the template rewrites earlier turns
-    bad: list[tuple[int, str, str]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class SourceCounts:
-    """One source's share of the documents that are trained on."""
-
-    name: str
-    rows: int
-    documents: int
-    tokens: int
-    supervised_tokens: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a store holds and what it was made from. Counts of rows and documents are by reason."""
-
-    fingerprint: str  # of the documents that are trained on: equal fingerprints, equal documents
-    files: list[dict[str, Any]]  # source, path, hash, stat, and the names of its parts
-    sources: list[SourceCounts]
-    rows: int
-    documents: int
-    conversations: int
-    tokens: int
-    supervised_tokens: int
-    longest_tokens: int
-    highest_token: int
-    template: str  # name of the chat template: `model` for the tokenizer's own
-    template_text: str
-    skipped: dict[str, int] = field(default_factory=dict)  # bad rows
-    removed: dict[str, int] = field(default_factory=dict)  # good rows that are not trained on
-    held_out: int = 0  # rows kept for evaluation
-    held_out_below: int = 0  # rows whose content hash is lower are held out
-    split_rows: int = 0
-    duplicate_ids: int = 0
-    ignored_files: list[str] = field(default_factory=list)
-    version: int = VERSION
-
-    def summary(self) -> str:
-        """A line of what is there, and one more for each kind of thing that is not."""
-        share = self.supervised_tokens / max(self.tokens, 1)
-        lines = [
-            f"{self.documents:,} documents of {self.rows:,} rows, {self.tokens:,} tokens, {share:.1%} supervised"
-            f" (longest {self.longest_tokens:,})"
-        ]
-        if self.template != "model" and self.conversations:
-            lines[0] += f"; chat template: {self.template}"
-            lines[0] += " (the model has none)" if self.template == "plain" else ""
-        notes = [f"removed {count:,} rows ({reason})" for reason, count in self.removed.items()]
-        notes += [f"skipped {count:,} bad rows ({reason})" for reason, count in self.skipped.items()]
-        if self.held_out:
-            notes.append(f"held out {self.held_out:,} rows for evaluation")
-        if self.split_rows:
-            notes.append(
-                f"{self.split_rows:,} rows became a document an answer, since the template rewrites earlier turns"
-            )
-        if self.duplicate_ids:
-            notes.append(f"{self.duplicate_ids:,} rows repeat the id of another; all are kept")
-        if self.ignored_files:
-            notes.append(
-                f"ignored {len(self.ignored_files):,} files of other kinds ({', '.join(self.ignored_files[:3])}…)"
-            )
-        return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
 
 @contextmanager
@@ -150,8 +57,8 @@ def writing(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: the document store cannot be written here ({reason}); set data.store") from None
 
 
-def write_part(path: Path, batch: pa.RecordBatch, counts: PartCounts) -> None:
-    """Write a part aside, then under its name; the counts come last and make it whole.
+def write_part(path: Path, batch: pa.RecordBatch, counts: PartCounts) -> PartCounts:
+    """Write a part aside, then under its name; the counts, returned with its size, come last and make it whole.
 
     Raises:
         DataError: the disk is full, or the folder cannot be written.
@@ -161,9 +68,11 @@ def write_part(path: Path, batch: pa.RecordBatch, counts: PartCounts) -> None:
         try:
             with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
                 stream.write_batch(batch)
+            counts = dataclasses.replace(counts, bytes=aside.stat().st_size)
             _into_place(aside, path.with_suffix(".arrow"))
             aside.write_text(json.dumps(dataclasses.asdict(counts)), encoding="utf-8")
             _into_place(aside, path.with_suffix(".json"))
+            return counts
         finally:
             aside.unlink(missing_ok=True)
 
@@ -172,16 +81,31 @@ def read_part_counts(path: Path) -> PartCounts | None:
     """The counts of a whole part; None where there is none."""
     try:
         tree = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return PartCounts(**{**tree, "bad": [tuple(bad) for bad in tree["bad"]]})
+        counts = PartCounts(**{**tree, "bad": [tuple(bad) for bad in tree["bad"]]})
     except (OSError, ValueError, TypeError, KeyError):
         return None
+    return counts if _has_bytes(path.with_suffix(".arrow"), counts.bytes) else None
+
+
+def is_whole(path: Path, manifest: Manifest) -> bool:
+    """Whether all files that the manifest names are there, with their sizes."""
+    parts = {name: size for file in manifest.files for name, size in file["parts"].items()}
+    there = all(_has_bytes(path / PARTS / f"{name}.arrow", size) for name, size in parts.items())
+    return there and (path / CHOSEN).is_file() and (path / REMOVED).is_file()
+
+
+def _has_bytes(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
 
 
 def write_store(
     path: Path, manifest: Manifest, chosen: npt.NDArray[np.int64], removed: Iterable[Mapping[str, Any]]
 ) -> None:
     """Make the parts that the manifest names the store at `path`, and remove all others."""
-    names = [name for file in manifest.files for name in file["parts"]]
+    names = manifest.part_names
     state: dict[str, Any] = {
         "_data_files": [{"filename": f"{PARTS}/{name}.arrow"} for name in names],
         "_fingerprint": manifest.fingerprint[:16],
@@ -217,27 +141,6 @@ def _into_place(aside: Path, path: Path) -> None:
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     aside.replace(path)
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the store at `path`.
-
-    Raises:
-        DataError: there is no store, it is not whole, or another version of bigtune wrote it.
-    """
-    again = "run `bigtune prepare RUN.yaml`"
-    try:
-        tree = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path.absolute()}: no prepared documents here; {again}") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: the document store cannot be read ({error}); {again}") from None
-    if not isinstance(tree, dict) or tree.get("version") != VERSION:
-        raise DataError(f"{path}: the document store is of another version of bigtune; {again}")
-    try:
-        return Manifest(**{**tree, "sources": [SourceCounts(**source) for source in tree["sources"]]})
-    except (TypeError, KeyError):
-        raise DataError(f"{path / MANIFEST}: not a manifest of bigtune's; {again}") from None
 
 
 class Columns:
@@ -327,7 +230,7 @@ class Store:
             DataError: it is missing or broken; the message says to prepare it.
         """
         manifest = read_manifest(path)
-        columns = Columns([path / PARTS / f"{name}.arrow" for file in manifest.files for name in file["parts"]])
+        columns = Columns([path / PARTS / f"{name}.arrow" for name in manifest.part_names])
         try:
             chosen = np.load(path / CHOSEN, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:

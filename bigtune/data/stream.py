@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from bigtune.config import Data
+from bigtune.data.document import Document
 from bigtune.data.pieces import Mixture, cut
 from bigtune.data.plan import Plan, plan_rows
 from bigtune.data.rows import Position, Row
-from bigtune.data.store import Document, Store
+from bigtune.data.store import Store
 from bigtune.errors import DataError
 
 

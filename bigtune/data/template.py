@@ -38,6 +38,11 @@ def template_names() -> list[str]:
     return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 
 
+def template_path(choice: str) -> Path:
+    """Where a template is, by a name of bigtune's or the path of a Jinja file."""
+    return TEMPLATES / f"{choice}.jinja" if choice in template_names() else Path(choice).expanduser()
+
+
 def find_template(choice: str, tokens: Collection[str]) -> str:
     """The text of a template, by a name of bigtune's or the path of a Jinja file.
 
@@ -47,16 +52,16 @@ def find_template(choice: str, tokens: Collection[str]) -> str:
     Raises:
         ConfigError: there is no such template, it cannot be read, or the tokenizer lacks a token that it needs.
     """
-    if choice not in template_names():
-        path = Path(choice).expanduser()
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).split("\n")[0]
-            raise ConfigError(
-                f"data.chat_template {choice}: {reason}; give a Jinja file, or one of {', '.join(template_names())}"
-            ) from None
-    text = (TEMPLATES / f"{choice}.jinja").read_text(encoding="utf-8")
+    path = template_path(choice)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).split("\n")[0]
+        raise ConfigError(
+            f"data.chat_template {choice}: {reason}; give a Jinja file, or one of {', '.join(template_names())}"
+        ) from None
+    if path.parent != TEMPLATES:
+        return text
     needed = re.match(r"\{#- needs: (.*?) -#\}", text)
     missing = [token for token in needed[1].split() if token not in tokens] if needed else []
     if missing:

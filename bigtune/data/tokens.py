@@ -28,6 +28,9 @@ _RUN = re.compile(f"([{chr(_SPELLED)}-{chr(_LAST)}])\\1*")
 _ANCHORS = ("\n", ".", "a")
 _LOOK_BACK_TOKENS = 32
 
+BATCH_CHARACTERS = 2**20
+"""Text that is tokenised at once: what the tokenizer keeps of it on the way takes a hundred times as many bytes."""
+
 CACHED_WORDS = 2**17
 """Words whose tokens a byte-pair model remembers, some 100 bytes each."""
 
@@ -100,6 +103,16 @@ class Tokens:
         return results
 
     def _encode(self, texts: Sequence[Text], hidden: bool) -> list[Tokenised | Refusal]:
+        results: list[Tokenised | Refusal] = []
+        begin = size = 0
+        for at, text in enumerate(texts, start=1):
+            size += len(text.text)
+            if size >= BATCH_CHARACTERS or at == len(texts):
+                results += self._encode_batch(texts[begin:at], hidden)
+                begin, size = at, 0
+        return results
+
+    def _encode_batch(self, texts: Sequence[Text], hidden: bool) -> list[Tokenised | Refusal]:
         core = self._renamed[0] if hidden else self._core
         written = [self._written(text.text) for text in texts] if hidden else [text.text for text in texts]
         results: list[Tokenised | Refusal] = []

@@ -12,7 +12,6 @@ last answer with all those before it that read the same in it, then the last of 
 is learnt once, in the very context that it is given in.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,10 @@ from bigtune.data.conversation import Message
 from bigtune.data.template import SENTINEL, Refusal, Template, Tools, Turn
 
 Supervise = Literal["all", "last"] | tuple[str, ...]
+
+MAX_RENDERED = 2**28
+"""Characters that the renderings of one conversation may have together, a turn counted as some: seconds of work."""
+TURN_CHARACTERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +50,7 @@ class _Answer:
 
 
 def supervised_turns(messages: Sequence[Message], supervise: Supervise) -> dict[int, float]:
-    """Weight of each turn that is learnt, by its number. A message's own weight comes before `supervise`.
-
-    Raises:
-        Refusal: a weight is negative or not finite.
-    """
+    """Weight of each turn that is learnt, by its number. A message's own weight comes before `supervise`."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     chosen = set(answers[-1:] if supervise == "last" else answers)
     if isinstance(supervise, tuple):
@@ -59,8 +58,6 @@ def supervised_turns(messages: Sequence[Message], supervise: Supervise) -> dict[
     weights = {}
     for i, message in enumerate(messages):
         weight = float(i in chosen) if message.weight is None else message.weight
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise Refusal(f"turn {i + 1} has the weight {weight}; give 0, or a positive number")
         if weight:
             weights[i] = weight
     return weights
@@ -86,6 +83,9 @@ class Drawing:
             raise Refusal("it has tools, and the chat template has no place for them; choose another chat_template")
         if not weights:
             return [Drawn(self.template.render(turns, tools))]
+        size = sum(len(turn["content"]) + TURN_CHARACTERS for turn in turns)
+        if len(weights) * size > MAX_RENDERED:  # each answer is rendered with all that comes before it
+            raise Refusal(f"it is too large ({len(weights):,} answers in {size:,} characters); cut it up")
         answers = {i: self._answer(turns, i, tools) for i in weights if turns[i]["role"] == "assistant"}
         pending = sorted(weights)
         documents: list[Drawn] = []

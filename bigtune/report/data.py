@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from bigtune.config import Data, Run
+from bigtune.data.account import require_supervised
 from bigtune.data.choose import NOTHING_SUPERVISED
+from bigtune.data.manifest import Manifest
 from bigtune.data.pieces import Pieces, cut
-from bigtune.data.prepare import prepare, require_supervised
-from bigtune.data.store import Manifest, Store
+from bigtune.data.prepare import prepare
+from bigtune.data.store import Store
 from bigtune.data.stream import RowStream, steps_of
 from bigtune.errors import DataError
 from bigtune.report.inspection import Inspection, Loss, SourceShare, Wishes

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from bigtune.data.manifest import Manifest
 from bigtune.data.pieces import Pieces
-from bigtune.data.prepare import UNREADABLE
-from bigtune.data.store import REMOVED, Manifest, Store
+from bigtune.data.sources import UNREADABLE
+from bigtune.data.store import REMOVED, Store
 from bigtune.errors import DataError
 from bigtune.report.inspection import Example, Loss
 

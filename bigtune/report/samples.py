@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bigtune.data.choose import NOTHING_SUPERVISED
+from bigtune.data.document import Document
 from bigtune.data.rows import Position
-from bigtune.data.store import Document, Store
+from bigtune.data.store import Store
 from bigtune.data.stream import RowStream
 from bigtune.report.inspection import PackedRow, Sample
 from bigtune.report.tokens import Reader

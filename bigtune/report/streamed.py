@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from bigtune.config import Run
+from bigtune.data.document import Document
 from bigtune.data.files import read_chunks
 from bigtune.data.live import BLOCK_BYTES, LiveRows
 from bigtune.data.parts import collect
 from bigtune.data.plan import Plan
 from bigtune.data.recipe import Recipe
-from bigtune.data.rows import Position, Row
+from bigtune.data.rows import Row
 from bigtune.data.sources import SourceFile, UnreadableFile, resolve_sources
-from bigtune.data.store import Document
 from bigtune.errors import DataError
 from bigtune.report.inspection import Inspection, Loss, PackedRow, Sample, SourceShare, Wishes
 from bigtune.report.samples import draw
@@ -35,9 +35,9 @@ def inspect_stream(run: Run, wishes: Wishes) -> Inspection:
     if any(len(document.spans) for _, _, document in begun):
         live = LiveRows(run.data, recipe, run.train.seed)
         try:
-            window = first_window(live)
-            lost = dict(live.lost)
-            live.require_supervised()
+            first = live.first_window()
+            window, lost = first.rows, dict(live.lost)
+            live.require_supervised(first)
         except DataError as error:
             if not window:
                 raise
@@ -47,16 +47,6 @@ def inspect_stream(run: Run, wishes: Wishes) -> Inspection:
     else:
         refusal = f"data.sources: nothing is supervised in the first {len(begun):,} documents"
     return _inspection(run, wishes, recipe, begun, window, lost, refusal)
-
-
-def first_window(live: LiveRows) -> list[Row]:
-    """All rows of the first window."""
-    rows, at = live.take(Position(), 1)
-    while True:
-        more, after = live.take(at, 1)
-        if (after.epoch, after.shard, after.window) != (at.epoch, at.shard, at.window):
-            return rows
-        rows, at = rows + more, after
 
 
 def _inspection(

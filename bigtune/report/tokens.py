@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tokenizers.decoders import DecodeStream
 
 from bigtune.data.chat import load_tokenizer
-from bigtune.data.store import Document
+from bigtune.data.document import Document
 
 
 @dataclass(frozen=True, slots=True)

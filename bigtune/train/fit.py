@@ -21,7 +21,7 @@ def open_rows(run: Run) -> Rows:
     from bigtune.data.recipe import Recipe
 
     rows = LiveRows(run.data, Recipe.of(run.data, run.model.path, run.held_out), run.train.seed)
-    rows.require_supervised()
+    rows.require_supervised(rows.first_window())
     return rows
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bigtune.data.chat import ChatFormat, Encoded, load_tokenizer
+from bigtune.data.chat import ChatFormat, load_tokenizer
 from bigtune.data.conversation import Conversation, Message
+from bigtune.data.document import Document
 from bigtune.errors import DataError, ModelError
 
 MakeTokenizer = Callable[..., Any]
@@ -23,7 +24,7 @@ def talk(*contents: str, system: str = "") -> Conversation:
     return Conversation(tuple(turns), "a.jsonl", 7)
 
 
-def encode(chat: ChatFormat, *conversations: Conversation) -> list[Encoded]:
+def encode(chat: ChatFormat, *conversations: Conversation) -> list[Document]:
     """The documents of conversations that give one each; a refused row is raised."""
     documents = []
     for made in chat.encode(conversations):
@@ -34,7 +35,7 @@ def encode(chat: ChatFormat, *conversations: Conversation) -> list[Encoded]:
     return documents
 
 
-def supervised(tokenizer: Any, document: Encoded) -> list[str]:
+def supervised(tokenizer: Any, document: Document) -> list[str]:
     return [tokenizer.decode(document.input_ids[start:end]) for start, end in document.spans]
 
 

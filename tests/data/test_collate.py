@@ -3,8 +3,8 @@
 import numpy as np
 
 from bigtune.data.collate import collate
+from bigtune.data.document import Document
 from bigtune.data.rows import Row
-from bigtune.data.store import Document
 from tests.stores import document
 
 

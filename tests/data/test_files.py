@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 
 from bigtune.config import Source
@@ -254,7 +255,7 @@ def test_an_arrow_stream_that_lost_whole_batches_is_an_error(tmp_path: Path) -> 
     data = containers.arrow(ROWS)
     path = written(tmp_path / "a.arrow", data)
     blocks = list_blocks(found(path), 1)
-    assert blocks is not None and len(blocks) > 3
+    assert len(blocks) > 3
     written(path, data[: blocks[-2].start])  # Arrow itself reads this without a word
     assert sum(batch.num_rows for batch in pa.ipc.open_stream(path.read_bytes())) < len(ROWS)
     for ask in (lambda: read(path), lambda: list_blocks(found(path), 1)):
@@ -317,16 +318,16 @@ def test_a_file_of_nothing_but_nul_bytes_is_one_bad_row(tmp_path: Path) -> None:
 # Blocks
 
 
-def block_rows(blocks: list[Block], chunk: Callable[[Block], Chunk] = read_block) -> list[Any]:
-    return [value for _, value in decoded([chunk(block) for block in blocks])]
+def block_rows(blocks: list[Block], chunk_bytes: int = 1 << 20) -> list[Any]:
+    return [value for _, value in decoded([chunk for block in blocks for chunk in read_block(block, chunk_bytes)])]
 
 
 @pytest.mark.parametrize("name", BY_BLOCKS)
 @pytest.mark.parametrize("block_bytes", [1, 5, 64, 400, 1 << 20])
 def test_blocks_give_every_row_once_in_any_order(tmp_path: Path, name: str, block_bytes: int) -> None:
     blocks = list_blocks(found(containers.write(tmp_path, name, ROWS)), block_bytes)
-    assert blocks is not None
-    assert block_rows(blocks) == ROWS
+    assert block_rows(blocks) == block_rows(blocks, 100) == ROWS
+    assert sum(block.size for block in blocks) > 0 and not any(block.whole for block in blocks)
     backwards = [block_rows([block]) for block in reversed(blocks)]
     assert [row for rows in reversed(backwards) for row in rows] == ROWS
     assert (len(blocks) == 1) == (block_bytes > 1 << 10)
@@ -341,32 +342,36 @@ def test_reading_only_whole_lines_of_a_block_would_lose_rows(tmp_path: Path, mon
 
     path = written(tmp_path / "a.jsonl", b'{"a":1}\n' * 8)
     blocks = list_blocks(found(path), 16)
-    assert blocks is not None and len(block_rows(blocks)) == 8
+    assert len(block_rows(blocks)) == 8
     monkeypatch.setattr(files, "_lines_from", lossy)
     assert len(block_rows(blocks)) < 8
 
 
 @pytest.mark.parametrize("name", [name for name in CONTAINERS if name not in BY_BLOCKS])
-def test_a_file_that_must_be_read_from_its_start_has_no_blocks(tmp_path: Path, name: str) -> None:
-    assert list_blocks(found(containers.write(tmp_path, name, ROWS)), 100) is None
+def test_a_file_that_must_be_read_from_its_start_is_one_block(tmp_path: Path, name: str) -> None:
+    path = containers.write(tmp_path, name, ROWS)
+    [block] = list_blocks(found(path), 100)
+    assert block.whole and block.size == path.stat().st_size
+    assert block_rows([block], 100) == [value for _, value in decoded(list(read_chunks(found(path), 100)))]
 
 
-def test_an_arrow_stream_with_dictionaries_has_no_blocks_but_is_read(tmp_path: Path) -> None:
+def test_an_arrow_stream_with_dictionaries_is_one_block(tmp_path: Path) -> None:
     table = pa.table({"t": pa.array(["a", "b", "a"]).dictionary_encode()})
     for name, new in (("s.arrow", pa.ipc.new_stream), ("f.arrow", pa.ipc.new_file)):
         with new(str(tmp_path / name), table.schema) as writer:
             writer.write_table(table)
         assert [row["t"] for row in read(tmp_path / name)] == ["a", "b", "a"]
-    assert list_blocks(found(tmp_path / "s.arrow"), 100) is None
+    [block] = list_blocks(found(tmp_path / "s.arrow"), 100)
+    assert block.whole and len(block_rows([block])) == 3
     blocks = list_blocks(found(tmp_path / "f.arrow"), 100)
-    assert blocks is not None and len(block_rows(blocks)) == 3
+    assert len(block_rows(blocks)) == 3
 
 
 @pytest.mark.parametrize("make", [containers.jsonl, containers.parquet, containers.arrow])
 def test_a_file_without_rows_has_no_rows_in_its_blocks(tmp_path: Path, make: Callable[[Any], bytes]) -> None:
     ending = make.__name__
     path = written(tmp_path / f"a.{ending}", make([]))
-    assert block_rows(list_blocks(found(path), 100) or []) == [] == read(path)
+    assert block_rows(list_blocks(found(path), 100)) == [] == read(path)
 
 
 def test_a_data_set_has_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,10 +379,26 @@ def test_a_data_set_has_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(hub, "load", lambda *_: saved)
     file = SourceFile(0, "dataset x (train)", "dataset", None, "x", None, "train")
     blocks = list_blocks(file, 400)
-    assert blocks is not None and len(blocks) > 2 and block_rows(blocks) == ROWS
+    assert len(blocks) > 2 and block_rows(blocks) == ROWS
     assert [value for _, value in decoded(list(read_chunks(file, 400)))] == ROWS
 
 
 def test_blocks_of_a_gzip_would_be_wrong_and_are_not_made(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", gzip.compress(containers.jsonl(ROWS)))
-    assert list_blocks(found(path), 100) is None
+    [block] = list_blocks(found(path), 100)
+    assert block.whole and len(block_rows([block])) == len(ROWS)
+
+
+def test_a_text_that_all_rows_of_a_parquet_file_share_does_not_fill_the_memory(tmp_path: Path) -> None:
+    rows = 3000
+    shared = pa.array(["system " * 2000]).take(pa.array([0] * rows))  # 14 KB, stored once
+    pa.parquet.write_table(pa.table({"text": shared}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    [block] = list_blocks(found(tmp_path / "a.parquet"), 1 << 18)
+    for chunks in (read_chunks(found(tmp_path / "a.parquet"), 1 << 18), read_block(block, 1 << 18)):
+        before = pa.total_allocated_bytes()
+        count, most = 0, 0
+        for chunk in chunks:
+            most = max(most, pa.total_allocated_bytes() - before)
+            count += len(list(rows_of(chunk)))
+        assert count == rows and most < 8 << 20

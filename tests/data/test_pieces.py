@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bigtune.data.document import Document
 from bigtune.data.pieces import Mixture, Pieces, cut
-from bigtune.data.store import Document, Store
+from bigtune.data.store import Store
 from bigtune.errors import DataError
 from tests.stores import data_of, document, make_store
 

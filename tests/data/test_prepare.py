@@ -18,9 +18,10 @@ import pytest
 from bigtune.config import Clean, Data, Source, TrainingSource
 from bigtune.data import inputs
 from bigtune.data import prepare as room
+from bigtune.data.manifest import Manifest
 from bigtune.data.parts import make_part
 from bigtune.data.prepare import prepare
-from bigtune.data.store import PARTS, REMOVED, Manifest, Store
+from bigtune.data.store import PARTS, REMOVED, Store
 from bigtune.errors import ConfigError, DataError, ModelError
 from tests.disk import resize, small_disk
 

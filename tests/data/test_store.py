@@ -7,7 +7,9 @@ import datasets
 import numpy as np
 import pytest
 
-from bigtune.data.store import MANIFEST, PARTS, Document, PartCounts, Store, read_manifest, read_part_counts, write_part
+from bigtune.data.document import Document
+from bigtune.data.manifest import MANIFEST, VERSION, PartCounts, read_manifest
+from bigtune.data.store import PARTS, Store, read_part_counts, write_part
 from bigtune.errors import DataError
 from tests.stores import batch_of, document, make_store
 
@@ -62,8 +64,9 @@ def test_the_datasets_library_reads_the_folder(tmp_path: Path) -> None:
 def test_a_part_without_its_counts_is_not_whole(tmp_path: Path) -> None:
     path = tmp_path / "a-00000"
     counts = PartCounts(rows=3, bad=[(2, "broken JSON", "why")])
-    write_part(path, batch_of(documents(3)), counts)
-    assert read_part_counts(path) == counts
+    written = write_part(path, batch_of(documents(3)), counts)
+    assert read_part_counts(path) == written
+    assert written == dataclasses.replace(counts, bytes=path.with_suffix(".arrow").stat().st_size)
     path.with_suffix(".json").write_text("{")
     assert read_part_counts(path) is None
     path.with_suffix(".json").unlink()
@@ -97,7 +100,7 @@ def test_what_is_no_whole_store_says_to_prepare(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"chosen.npy: cannot be read"):
         Store.open(tmp_path / "s")
     listing = tmp_path / "s" / MANIFEST
-    listing.write_text(listing.read_text().replace('"version": 2', '"version": 1'))
+    listing.write_text(listing.read_text().replace(f'"version": {VERSION}', '"version": 1'))
     with pytest.raises(DataError, match=r"another version"):
         Store.open(tmp_path / "s")
     listing.write_text("{")

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from bigtune.data.chat import ChatFormat, Encoded
+from bigtune.data.chat import ChatFormat
 from bigtune.data.conversation import Conversation, Message
+from bigtune.data.document import Document
 from bigtune.data.template import Refusal, Template, template_names
 from bigtune.errors import ConfigError, ModelError
 
@@ -57,7 +58,7 @@ RENDERED = {
 }
 
 
-def encoded(chat: ChatFormat, messages: tuple[Message, ...]) -> Encoded:
+def encoded(chat: ChatFormat, messages: tuple[Message, ...]) -> Document:
     [documents] = chat.encode([Conversation(messages, "a.jsonl", 7)])
     assert isinstance(documents, list), documents
     [document] = documents

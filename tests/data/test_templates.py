@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from bigtune.data import turns
-from bigtune.data.chat import ChatFormat, Encoded
+from bigtune.data.chat import ChatFormat
 from bigtune.data.conversation import Conversation, Message
+from bigtune.data.document import Document
 from bigtune.data.template import turns_of
 from bigtune.errors import DataError
 from tests.data.families import FAMILIES, build
@@ -41,7 +42,7 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return "".join(tokens).replace("▁", " ") if "▁" in tokenizer.get_vocab() else str(tokenizer.decode(list(ids)))
 
 
-def learn(name: str, messages: Turns, tools: tuple[Any, ...] = (), **options: Any) -> list[Encoded] | DataError:
+def learn(name: str, messages: Turns, tools: tuple[Any, ...] = (), **options: Any) -> list[Document] | DataError:
     chat = ChatFormat.of(tokenizer_of(name), **options)
     [made] = chat.encode([Conversation(messages, "a.jsonl", 7, tools=tools)])
     return made

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from bigtune.data.chat import ChatFormat, Encoded
+from bigtune.data.chat import ChatFormat
 from bigtune.data.conversation import Conversation, Message
+from bigtune.data.document import Document
 from bigtune.data.template import Refusal
 from bigtune.data.tokens import Text, Tokens
 from bigtune.errors import DataError
@@ -29,14 +30,14 @@ def talk(*contents: str) -> Conversation:
     return Conversation(tuple(turns), "a.jsonl", 7)
 
 
-def encoded(chat: ChatFormat, conversation: Conversation) -> Encoded:
+def encoded(chat: ChatFormat, conversation: Conversation) -> Document:
     [documents] = chat.encode([conversation])
     assert isinstance(documents, list), documents
     [document] = documents
     return document
 
 
-def special(tokenizer: Any, document: Encoded) -> list[str]:
+def special(tokenizer: Any, document: Document) -> list[str]:
     known = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return [token for token in tokenizer.convert_ids_to_tokens(document.input_ids.tolist()) if token in known]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtune.data.chat import load_tokenizer
-from bigtune.data.store import Document
+from bigtune.data.document import Document
 from bigtune.report.tokens import Gap, Reader, learnt_weights, shorten, visible
 from tests.stores import document
 from tests.tiny import tiny_tokenizer

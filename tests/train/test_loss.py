@@ -13,8 +13,8 @@ import torch
 from bigtune.config import Optim
 from bigtune.data.collate import collate
 from bigtune.data.deal import deal
+from bigtune.data.document import Document
 from bigtune.data.rows import Row
-from bigtune.data.store import Document
 from bigtune.dist import World
 from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine
