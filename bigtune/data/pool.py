@@ -66,10 +66,16 @@ def result_of(future: Future[T]) -> T:
     Raises:
         DataError: as the function raised it, or a worker was killed.
     """
+    with _telling_of_a_kill():
+        return future.result()
+
+
+@contextmanager
+def _telling_of_a_kill() -> Iterator[None]:
     from loky.process_executor import BrokenProcessPool
 
     try:
-        return future.result()
+        yield
     except BrokenProcessPool:
         raise DataError(
             "a process that tokenized was killed (out of memory?); lower data.workers and run the command again: "
@@ -94,7 +100,8 @@ class _Processes:
     file: str
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        future: Future[T] = self.executor.submit(_run, self.file, function, *arguments)
+        with _telling_of_a_kill():
+            future: Future[T] = self.executor.submit(_run, self.file, function, *arguments)
         return future
 
 

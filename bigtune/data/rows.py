@@ -51,17 +51,17 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        return sum(len(document.input_ids) for document in self.documents)
+        return sum(map(len, self.documents))
 
     @property
     def work(self) -> int:
         """Attention work: the sum of squared document lengths."""
-        return sum(len(document.input_ids) ** 2 for document in self.documents)
+        return sum(len(document) ** 2 for document in self.documents)
 
     @property
     def supervised(self) -> int:
         """Supervised tokens."""
-        return sum(int((document.spans[:, 1] - document.spans[:, 0]).sum()) for document in self.documents)
+        return sum(document.supervised for document in self.documents)
 
 
 class Rows(Protocol):

@@ -135,7 +135,7 @@ class RowStream:
     def _piece(self, i: int) -> Document:
         document = self.store.document(int(self.pieces.document[i]))
         start, length = int(self.pieces.start[i]), int(self.pieces.length[i])
-        return document if length == len(document.input_ids) else document.piece(start, length)
+        return document if length == len(document) else document.piece(start, length)
 
 
 def steps_of(stream: RowStream, epochs: int, global_batch: int) -> int:

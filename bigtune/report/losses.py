@@ -39,7 +39,7 @@ def losses_of(store: Store) -> list[Loss]:
 def losses_of_cutting(store: Store, pieces: Pieces, sequence_length: int) -> list[Loss]:
     """Documents, or pieces of them, that fit no row; the examples are those of which nothing is left."""
     gone = np.setdiff1d(np.flatnonzero(store.lengths > sequence_length), pieces.document)[:EXAMPLES]
-    examples = tuple(Example(store.where(i), f"{len(store.document(i).input_ids):,} tokens") for i in gone.tolist())
+    examples = tuple(Example(store.where(i), f"{len(store.document(i)):,} tokens") for i in gone.tolist())
     return [
         Loss(reason, count, "pieces" if reason.startswith("pieces") else "documents", examples)
         for reason, count in pieces.dropped.items()

@@ -68,6 +68,6 @@ def every_document(store: Store) -> Store:
 def _piece(store: Store, stream: RowStream, piece: int, document: Document, reader: Reader) -> Sample:
     pieces = stream.pieces
     of, start, length = int(pieces.document[piece]), int(pieces.start[piece]), int(pieces.length[piece])
-    whole = len(store.document(of).input_ids)
+    whole = len(store.document(of))
     note = "" if whole == length else f"its tokens {start + 1:,} to {start + length:,} of {whole:,}"
     return Sample(store.where(of), note, reader.read(document))

@@ -61,7 +61,7 @@ def _inspection(
     reader = Reader(run.model.path)
     documents = [document for row in window for document in row.documents]
     shown = documents or [document for _, _, document in begun]
-    lengths = np.array([len(document.input_ids) for document in shown], dtype=np.int64)
+    lengths = np.array([len(document) for document in shown], dtype=np.int64)
     supervised = np.array([int((learnt_weights(document) > 0).sum()) for document in shown], dtype=np.int64)
     packing = None
     if window:

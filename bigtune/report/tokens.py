@@ -89,7 +89,7 @@ class Reader:
 
 def learnt_weights(document: Document) -> npt.NDArray[np.float32]:
     """The part of each token in the loss, float32 [n]; that of a first token is 0, since nothing predicts it."""
-    weights = np.zeros(len(document.input_ids), dtype=np.float32)
+    weights = np.zeros(len(document), dtype=np.float32)
     for (start, end), weight in zip(document.spans.tolist(), document.weights.tolist(), strict=True):
         weights[max(start, 1) : end] = weight
     return weights

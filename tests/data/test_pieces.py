@@ -62,6 +62,24 @@ def test_split_documents_learn_every_supervised_token_exactly_once(store: Store,
     assert learnt == {0: [*range(1, 5)], 1: [*range(1, 12)], 2: [*range(1, 8)], 3: [17, 18, 19]}
 
 
+def test_supervised_tokens_of_pieces_are_those_that_the_pieces_have(tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    texts = []
+    for _ in range(60):
+        length = int(random.integers(2, 90))
+        borders = np.unique(random.integers(1, length + 1, size=int(random.integers(0, 5)) * 2))
+        spans = [(int(a), int(b)) for a, b in zip(borders[::2], borders[1::2], strict=False)]
+        texts.append(document(range(length), *spans))
+    store = make_store(tmp_path / "s", texts)
+    for room in (8, 9, 17, 40):
+        for how in ("split", "truncate"):
+            pieces = cut(store, data_of(sequence_length=room, on_long_document=how))
+            expected = [store.document(of).piece(start, length).supervised for of, start, length in lengths(pieces)]
+            assert pieces.supervised.tolist() == expected
+            all_of_them = sum(text.supervised for text in texts)
+            assert how == "truncate" or sum(expected) == all_of_them
+
+
 def test_a_long_document_may_be_an_error(store: Store) -> None:
     with pytest.raises(DataError, match=r"^0.jsonl, row 2: 12 tokens, more than data.sequence_length 8; raise it"):
         cut(store, data_of(sequence_length=8, on_long_document="error"))
