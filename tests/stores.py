@@ -30,9 +30,9 @@ def batch_of(documents: Sequence[Document], first_row: int = 1, content: int = 1
         pa.array([d.input_ids.tolist() for d in documents], pa.list_(pa.int32())),
         pa.array([d.spans.reshape(-1).tolist() for d in documents], pa.list_(pa.int32())),
         pa.array([d.weights.tolist() for d in documents], pa.list_(pa.float32())),
-        pa.array([int((d.spans[:, 1] - d.spans[:, 0]).sum()) for d in documents], pa.int32()),
+        pa.array([d.supervised for d in documents], pa.int32()),
         pa.array(range(first_row, first_row + n), pa.int64()),
-        pa.array([0] * n, pa.int16()),
+        pa.array([0] * n, pa.int32()),
         pa.array(range(content, content + n), pa.uint64()),
         pa.array([0] * n, pa.uint64()),
     ]
@@ -45,16 +45,16 @@ def make_store(path: Path, *sources: Sequence[Document], parts: int = 1, chosen:
     files = []
     content = 1
     for s, documents in enumerate(sources):
-        names = []
+        names = {}
         edges = np.linspace(0, len(documents), parts + 1).astype(int)
         for part, (start, end) in enumerate(itertools.pairwise(edges)):
-            names.append(f"{s}-{part:05d}")
-            write_part(path / PARTS / names[-1], batch_of(documents[start:end], int(start) + 1, content), PartCounts())
+            name, batch = f"{s}-{part:05d}", batch_of(documents[start:end], int(start) + 1, content)
+            names[name] = write_part(path / PARTS / name, batch, PartCounts()).bytes
             content += int(end - start)
         files.append({"source": s, "path": f"{s}.jsonl", "hash": str(s), "stat": None, "parts": names})
     every = [d for documents in sources for d in documents]
     kept = np.array(range(len(every)) if chosen is None else chosen, dtype=np.int64)
-    lengths = [len(every[i].input_ids) for i in kept]
+    lengths = [len(every[i]) for i in kept]
     manifest = Manifest(
         fingerprint="f" * 64,
         files=files,

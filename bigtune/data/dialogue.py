@@ -112,7 +112,7 @@ def _weight(turn: Mapping[str, Any]) -> float | None:
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise wrong_type("weight", weight, "a number")
     try:
-        kept = struct.unpack("f", struct.pack("f", weight))[0]  # in 32 bits, as documents keep it
+        kept = struct.unpack("f", struct.pack("f", float(weight)))[0]  # in 32 bits, as documents keep it
     except OverflowError:
         kept = math.inf
     if not 0 <= kept < math.inf or (weight and not kept):  # NaN is neither

@@ -71,7 +71,8 @@ class LiveRows:
         self._window_bytes = max(WINDOW_BYTES, ROWS_A_WINDOW * BYTES_A_TOKEN * data.sequence_length)
         self._bytes = sum(block.size for block in [*self._blocks, *self._large])
         self.shards = max(1, min(SHARDS, self._bytes // self._window_bytes // WINDOWS_A_SHARD))
-        self.fingerprint = stream_fingerprint(list(self._stats), data, recipe, [BLOCK_BYTES, LARGE, self._window_bytes])
+        cutting = [BLOCK_BYTES, LARGE, MOST_BLOCKS, self._window_bytes, SHARDS, WINDOWS_A_SHARD, OPEN_FILES]
+        self.fingerprint = stream_fingerprint(list(self._stats), data, recipe, cutting)
         self._resources = ExitStack()
         workers = data.workers or _spare_cores()
         self._ahead = workers + 1

@@ -50,11 +50,11 @@ def _overlap(data: Data, held_out: Sequence[Source], chat: ChatFormat) -> Overla
         return None
     rows = [read_conversations(held_out, data.on_bad_row)]
     if data.holdout is not None:
-        rows.append(held_out_rows(data, _bound(data, chat)))
+        rows.append(held_out_rows(data, held_out_below(data, chat)))
     return Overlap.of(itertools.chain(*rows), data.clean.decontaminate)
 
 
-def _bound(data: Data, chat: ChatFormat) -> int:
+def held_out_below(data: Data, chat: ChatFormat) -> int:
     """The content hash below which rows will be held out: of the rows that the chat format takes, as in the store."""
     if not isinstance(data.holdout, int):
         return bound(data.holdout, np.empty(0, np.uint64))

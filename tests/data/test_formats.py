@@ -330,7 +330,7 @@ def test_a_turn_may_say_what_part_it_has_in_the_loss(marks: dict[str, Any], weig
 @pytest.mark.parametrize(
     "marks",
     [{"train": "no"}, {"train": 0}]
-    + [{"weight": weight} for weight in ("1", True, -1, float("nan"), float("inf"), 10**400)],
+    + [{"weight": weight} for weight in ("1", True, -1, float("nan"), float("inf"), 10**400, 1e39, 1e-50)],
 )
 def test_a_mark_of_the_wrong_type_or_range_is_a_bad_row(marks: dict[str, Any]) -> None:
     row = said(("user", "Hi"), ("assistant", "Hello"))
@@ -431,6 +431,9 @@ def test_an_unknown_format_is_met_with_the_keys_the_formats_and_the_way_out() ->
         ({"question": "a", "answer": b"b"}, "'answer' is binary data, not a string"),
         ({"question": "a", "answer": "b", "system": 1}, "'system' is a number, not a string"),
         ({"question": "a", "answer": "b", "tools": [1]}, "'tools' is no list of objects"),
+        ({"question": "a", "answer": "b", "tools": ["\ud800"]}, "broken Unicode"),
+        ({"question": "a", "answer": "b" * 2**23}, "too large (8,388,609 characters, at most 8,388,608); cut it up"),
+        ({"question": "a", "answer": "b", "tools": [{"name": "x" * 2**23}]}, "too large"),
         ({"question": "a", "answer": "b", "tools": "{"}, "'tools' is no list of objects"),
         ({"instruction": "a", "output": "b", "history": [["x"]]}, "'history' is no list of pairs of strings"),
         ({"messages": [{"role": 1, "content": "x"}]}, "'role' is a number, not a string"),

@@ -13,11 +13,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bigtune.config import Clean, Data, Source, TrainingSource
-from bigtune.data import inputs
+from bigtune.data import inputs, recipe
 from bigtune.data import prepare as room
+from bigtune.data.chat import ChatFormat, load_tokenizer
+from bigtune.data.formats import read_conversations
+from bigtune.data.holdout import bound
 from bigtune.data.manifest import Manifest
 from bigtune.data.parts import make_part
 from bigtune.data.prepare import prepare
@@ -251,6 +255,66 @@ def test_nothing_or_next_to_nothing_to_train_on_is_an_error(
     with pytest.raises(DataError, match=r"only 2 of [\d,]+ tokens \(0\.\d+%\) are supervised, less than data.min_sup"):
         prepare(data(write_rows(little)), model_path, tmp_path / "s")
     assert prepare(data(write_rows(little), min_supervised=0.0), model_path, tmp_path / "s").documents == 1
+
+
+def test_rows_that_are_masked_away_count_among_what_is_not_supervised(
+    write_rows: WriteRows, model_path: Path, tmp_path: Path
+) -> None:
+    masked = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No.", "train": False}]}
+    rows = write_rows([*[masked] * 5000, qa("Hi", "Hello")])
+    with pytest.raises(
+        DataError, match=r"only \d of [\d,]{6,} tokens \(0\.\d+%\) are supervised, less than data.min_sup"
+    ):
+        prepare(data(rows), model_path, tmp_path / "s")
+    assert prepare(data(rows, min_supervised=0.0), model_path, tmp_path / "s").removed == {"nothing supervised": 5000}
+
+
+@pytest.mark.parametrize("loss", ["a part", "half a part", "its counts", "the choice", "the list of what is left out"])
+def test_a_store_that_lost_a_file_is_made_whole(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: list[str], loss: str
+) -> None:
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", (1024, 1024))
+    path, store = written(tmp_path / "a.jsonl", many(60)), tmp_path / "s"
+    prepare(data(path), model_path, store)
+    before, made = contents(store), len(work)
+    part = sorted((store / PARTS).glob("*.arrow"))[1]
+    lost = {"a part": part, "its counts": part.with_suffix(".json"), "the choice": store / "chosen.npy"}
+    if loss == "half a part":
+        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    else:
+        lost.get(loss, store / REMOVED).unlink()
+    assert prepare(data(path), model_path, store).documents == len(Store.open(store)) == 60
+    if loss != "its counts":  # which nothing needs but a call that goes on
+        assert contents(store) == before
+    assert len(work) - made == ("part" in loss)
+
+
+def test_rows_that_were_skipped_are_an_error_once_they_may_not_be(
+    write_rows: WriteRows, model_path: Path, tmp_path: Path
+) -> None:
+    rows = write_rows([*SHORT, {"a": 1}])
+    made = prepare(data(rows, on_bad_row="skip"), model_path, tmp_path / "s", keep="another")
+    for keep in (None, made.fingerprint):
+        with pytest.raises(DataError, match=r"rows.jsonl, row 3: unknown format"):
+            prepare(data(rows), model_path, tmp_path / "s", keep=keep)
+
+
+def test_a_number_of_held_out_rows_is_the_same_to_decontamination(model_path: Path, tmp_path: Path) -> None:
+    picky = tmp_path / "picky.jinja"
+    picky.write_text(
+        "{% for m in messages %}{% if 'odd' in m.content %}{{ raise_exception('odd') }}{% endif %}"
+        "{{ m.role + ' ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    )
+    rows = [qa(f"{'odd' if i % 2 else 'even'}: {i}?", f"It is {i}.") for i in range(80)]
+    path = written(tmp_path / "a.jsonl", rows)
+    settings = {"chat_template": str(picky), "on_bad_row": "skip", "clean": Clean(decontaminate=5), "holdout": 10}
+    made = prepare(data(path, **settings), model_path, tmp_path / "s")
+    assert made.held_out == 10 and made.skipped == {"refused by the chat template": 40}
+    chat = ChatFormat.of(load_tokenizer(model_path), str(picky))
+    assert recipe.held_out_below(data(path, **settings), chat) == made.held_out_below
+    every = [row.content_hash for row in read_conversations(data(path).sources, "error")]
+    assert bound(10, np.array(every, np.uint64)) < made.held_out_below  # refused rows would take places of others
 
 
 def test_held_out_rows_stay_the_same_when_rows_are_added(model_path: Path, tmp_path: Path) -> None:
