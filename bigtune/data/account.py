@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bigtune.config import Data
+from bigtune.config import Data, TrainingSource
 from bigtune.data.chat import ChatFormat
 from bigtune.data.choose import Choice
 from bigtune.data.inputs import InputFile, Inputs
@@ -24,6 +24,10 @@ class Made:
     file: InputFile
     parts: dict[str, PartCounts] = field(default_factory=dict)
     unreadable: str = ""
+
+    @property
+    def rows(self) -> int:
+        return sum(counts.rows for counts in self.parts.values())
 
 
 def manifest_of(
@@ -46,7 +50,7 @@ def manifest_of(
         sources=[
             SourceCounts(
                 name=named.name,
-                rows=sum(c.rows for of in made if of.file.file.source == i for c in of.parts.values()),
+                rows=sum(of.rows for of in made if of.file.file.source == i),
                 documents=int((source == i).sum()),
                 tokens=int(lengths[source == i].sum(dtype=np.int64)),
                 supervised_tokens=int(supervised[source == i].sum(dtype=np.int64)),
@@ -71,6 +75,7 @@ def manifest_of(
         split_rows=sum(counts.split_rows for counts in parts),
         duplicate_ids=choice.duplicate_ids,
         ignored_files=list(inputs.ignored),
+        empty_files=[of.file.file.path for of in made if not of.rows and not of.unreadable],
     )  # fmt: skip
 
 
@@ -86,9 +91,29 @@ def rows_left_out(made: Sequence[Made], columns: Columns, choice: Choice) -> Ite
             for row, reason, told in counts.bad:
                 yield {"file": of.file.file.path, "row": row, "reason": reason, "told": told}
         if of.unreadable:
-            yield {"file": of.file.file.path, "reason": UNREADABLE, "told": of.unreadable}
+            yield {
+                "file": of.file.file.path,
+                "reason": UNREADABLE,
+                "told": f"{of.unreadable}; used are the {of.rows:,} rows before",
+            }
     for position, reason, like in choice.removed:
         yield {**where(position), "reason": reason, **({} if like is None else {"like": where(like)})}
+
+
+def require_fields(made: Sequence[Made], sources: Sequence[TrainingSource]) -> None:
+    """Refuse a key in `fields` that no row of its source has: what it was to bring would be missing silently.
+
+    Raises:
+        DataError: there is such a key.
+    """
+    for i, source in enumerate(sources):
+        files = [of for of in made if of.file.file.source == i and of.rows]
+        found = {known for of in files for counts in of.parts.values() for known in counts.fields}
+        for known, path in source.fields.items():
+            if files and known not in found:
+                raise DataError(
+                    f"{source.name}: fields: {known} is to be read from '{path}', which no row has; correct it"
+                )
 
 
 def require_supervised(manifest: Manifest, data: Data) -> None:

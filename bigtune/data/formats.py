@@ -78,7 +78,9 @@ def read_conversations(
 
 
 def bad_row_error(path: str, row: int, told: object) -> DataError:
-    return DataError(f"{path}, row {row}: {told}; mend the row, or set data.on_bad_row: skip")
+    # A chat template's refusal says already what to do about the row.
+    mend = "," if "; " in str(told) and not str(told).endswith(")") else "; mend the row,"
+    return DataError(f"{path}, row {row}: {told}{mend} or set data.on_bad_row: skip")
 
 
 def conversations_of(value: Any, file_path: str, row: int, source: Source) -> list[Conversation]:
@@ -94,7 +96,7 @@ def conversations_of(value: Any, file_path: str, row: int, source: Source) -> li
     if not isinstance(value, dict):
         raise BadRow("not a JSON object", f" but {kind_of(value)}")
     keys = present(_renamed(value, source.fields) if source.fields else value)
-    task, tags, name = _label(keys, "task"), _tags(keys), _label(keys, "id", number=True)
+    task, tags, name = _label(keys, "task"), _tags(keys), _label(keys, "id")
     read = _reader_of(keys, value, source)
     if read is _text:
         text = string_at(keys, "text")
@@ -183,18 +185,43 @@ def _reader_of(row: Row, original: Row, source: Source) -> Callable[[Row, Source
     found = [(read, keys) for read, keys in _READERS if keys <= row.keys()]
     if not found:
         keys = ", ".join(shown(key) for key in list(original)[:20]) or "none"
-        raise BadRow(
-            "unknown format",
-            f" (keys: {keys}; known formats: {KNOWN}; name other keys in the source's fields)",
+        lost = [f"{key}: {path}" for key, path in _row_fields(source.fields).items() if key not in row]
+        mend = (
+            f"fields name what is not there ({', '.join(lost)})" if lost else "name other keys in the source's fields"
         )
+        raise BadRow("unknown format", f" (keys: {keys}; known formats: {KNOWN}; {mend})")
     if source.fields:  # a format that the run file speaks of comes before one that the row has keys of by chance
         found.sort(key=lambda one: not (one[1] & source.fields.keys()))
     return found[0][0]
 
 
+def _row_fields(fields: Mapping[str, str]) -> dict[str, str]:
+    return {known: path for known, path in fields.items() if known not in TURN_KEYS}
+
+
+def _turn_fields(fields: Mapping[str, str]) -> dict[str, str]:
+    return {known: path for known, path in fields.items() if known in TURN_KEYS}
+
+
+def fields_in(value: Any, fields: Mapping[str, str]) -> set[str]:
+    """Those of a source's `fields` whose path leads somewhere in a row of `rows_of`, or in one of its turns."""
+    try:
+        row = decode_line(value) if isinstance(value, bytes) else value
+        if not isinstance(row, dict):
+            return set()
+        found = {known for known, path in _row_fields(fields).items() if _at_path(row, path) is not None}
+        own, renamed = _turn_fields(fields), present(_renamed(row, fields))
+        for key in ("messages", "conversations", "prompt", "completion") if own else ():
+            turns = objects_at(renamed, key) if isinstance(renamed.get(key), list) else []
+            found |= {known for turn in turns for known, path in own.items() if _at_path(turn, path) is not None}
+        return found
+    except BadRow:  # which is told elsewhere
+        return set()
+
+
 def _renamed(row: Row, fields: Mapping[str, str]) -> dict[str, Any]:
     """The row under the known keys. A key that another name was given to is not seen under its own."""
-    own = {known: path for known, path in fields.items() if known not in TURN_KEYS}
+    own = _row_fields(fields)
     taken = {path if path in row else path.split(".")[0] for path in own.values()}
     renamed = {key: value for key, value in row.items() if key not in taken and key not in own}
     return renamed | {known: _at_path(row, path) for known, path in own.items()}
@@ -217,7 +244,7 @@ def _at_path(row: Any, path: str) -> Any:
 def _turns(turns: Sequence[dict[str, Any]], source: Source, keys: tuple[str, str]) -> Turns:
     """Messages of role and content or of from and value, whichever a turn has; `keys` are the format's own."""
     roles = ROLES | source.roles
-    own = {known: path for known, path in source.fields.items() if known in TURN_KEYS}
+    own = _turn_fields(source.fields)
     other = ("role", "content") if keys == ("from", "value") else ("from", "value")
     made = []
     for turn in turns:
@@ -269,10 +296,10 @@ def _decoded_tool(text: str) -> Any:
     return decode_line(text.encode())
 
 
-def _label(row: Row, key: str, number: bool = False) -> str:
+def _label(row: Row, key: str) -> str:
     value = row.get(key, "")
-    if number and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "" if value != value else str(value)  # NaN is how tables of pandas say that there is none
     if not isinstance(value, str):
         raise wrong_type(key, value, "a string")
     check_text(value)
@@ -280,7 +307,11 @@ def _label(row: Row, key: str, number: bool = False) -> str:
 
 
 def _tags(row: Row) -> tuple[str, ...]:
-    tags = list_at(row, "tags", "strings")
+    tags = (
+        [row["tags"]]
+        if isinstance(row.get("tags"), str) and row["tags"][:1] != "["
+        else list_at(row, "tags", "strings")
+    )
     if not all(isinstance(tag, str) for tag in tags):
         raise BadRow("wrong type of value", ": 'tags' is no list of strings")
     check_text(*tags)

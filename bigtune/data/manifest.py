@@ -28,6 +28,7 @@ class PartCounts:
     highest_token: int = 0
     split_rows: int = 0  # rows of several documents, because the template rewrites earlier turns
     bytes: int = 0  # of the Arrow file
+    fields: list[str] = field(default_factory=list)  # of the source's, those that a row had
     bad: list[tuple[int, str, str]] = field(default_factory=list)
 
 
@@ -66,7 +67,8 @@ class Manifest:
     silent_tokens: int = 0  # of rows with nothing supervised, which are not trained on
     split_rows: int = 0
     duplicate_ids: int = 0
-    ignored_files: list[str] = field(default_factory=list)
+    ignored_files: list[str] = field(default_factory=list)  # of other kinds, or the same file again
+    empty_files: list[str] = field(default_factory=list)
     version: int = VERSION
 
     @property
@@ -96,17 +98,25 @@ class Manifest:
         ]
         if self.held_out:
             notes.append(f"held out {self.held_out:,} rows for evaluation")
+        return "\n".join([*lines, *(f"  {note}" for note in [*notes, *self.notes()])])
+
+    def notes(self) -> list[str]:
+        """What else is worth knowing of how rows became documents."""
+        notes = []
         if self.split_rows:
             notes.append(
                 f"{self.split_rows:,} rows became a document an answer, since the template rewrites earlier turns"
             )
         if self.duplicate_ids:
             notes.append(f"{self.duplicate_ids:,} rows repeat the id of another; all are kept")
-        if self.ignored_files:
-            notes.append(
-                f"ignored {len(self.ignored_files):,} files of other kinds ({', '.join(self.ignored_files[:3])}…)"
-            )
-        return "\n".join([*lines, *(f"  {note}" for note in notes)])
+        for what, paths in (
+            ("passed over {} files (of other kinds, or the same again)", self.ignored_files),
+            ("{} files have no rows", self.empty_files),
+        ):
+            if paths:
+                more = ", …" if len(paths) > 3 else ""
+                notes.append(f"{what.format(f'{len(paths):,}')}: {', '.join(paths[:3])}{more}")
+        return notes
 
 
 def read_manifest(path: Path) -> Manifest:

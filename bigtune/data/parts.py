@@ -13,7 +13,7 @@ from bigtune.data.conversation import Conversation
 from bigtune.data.document import Document
 from bigtune.data.features import feature_schema, features
 from bigtune.data.files import Chunk, rows_of
-from bigtune.data.formats import BadRow, conversations_of
+from bigtune.data.formats import BadRow, conversations_of, fields_in
 from bigtune.data.manifest import PartCounts
 from bigtune.data.recipe import Recipe
 from bigtune.data.store import SCHEMA, write_part
@@ -36,6 +36,7 @@ class Collected:
     bad: list[tuple[int, str, str]] = field(default_factory=list)
     rows: int = 0
     split_rows: int = 0
+    fields: set[str] = field(default_factory=set)  # of the source's, those that a row had
 
 
 def make_part(recipe: Recipe, chunk: Chunk, path: Path) -> PartCounts:
@@ -70,6 +71,8 @@ def _conversations(recipe: Recipe, chunk: Chunk, collected: Collected) -> Iterat
     source = recipe.sources[chunk.file.source]
     for row, value in rows_of(chunk):
         collected.rows += 1
+        if len(collected.fields) < len(source.fields):
+            collected.fields |= fields_in(value, source.fields)
         try:
             yield from conversations_of(value, chunk.file.path, row, source)
         except BadRow as bad:
@@ -100,6 +103,7 @@ def _counts(collected: Collected) -> PartCounts:
         longest_tokens=max(lengths, default=0),
         highest_token=max((int(document.input_ids.max(initial=0)) for document in collected.documents), default=0),
         split_rows=collected.split_rows,
+        fields=sorted(collected.fields),
         bad=collected.bad,
     )
 

@@ -5,13 +5,14 @@ progress bar), and a script of the user's own is not imported again.
 """
 
 import gc
+import os
 import pickle
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -51,10 +52,15 @@ def open_pool(workers: int, recipe: Recipe | Callable[[], Recipe]) -> Iterator[P
         made = recipe if isinstance(recipe, Recipe) else executor.submit(recipe)
         for _ in range(workers - 1):
             executor.submit(_warm_up)
-        with tempfile.NamedTemporaryFile(prefix="bigtune-recipe-") as file:  # it is read once by each worker
-            here = made if isinstance(made, Recipe) else result_of(made)
-            pickle.dump(here, file)
-            file.flush()
+        here = made if isinstance(made, Recipe) else result_of(made)
+        with ExitStack() as resources:
+            try:  # it is read once by each worker
+                file = resources.enter_context(tempfile.NamedTemporaryFile(prefix="bigtune-recipe-"))
+                pickle.dump(here, file)
+                file.flush()
+            except OSError as error:
+                where, reason = tempfile.gettempdir(), os.strerror(error.errno or 0)
+                raise DataError(f"{where}: cannot be written ({reason}); make room, or set TMPDIR") from None
             yield _Processes(here, executor, file.name)
     finally:
         executor.shutdown(wait=True, kill_workers=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from bigtune.config import Data, Source
-from bigtune.data.account import Made, manifest_of, require_supervised, rows_left_out
+from bigtune.data.account import Made, manifest_of, require_fields, require_supervised, rows_left_out
 from bigtune.data.choose import choose
 from bigtune.data.files import read_chunks
 from bigtune.data.formats import bad_row_error
@@ -28,7 +28,15 @@ from bigtune.data.parts import make_part
 from bigtune.data.pool import Pool, open_pool, result_of
 from bigtune.data.recipe import Recipe
 from bigtune.data.sources import UnreadableFile
-from bigtune.data.store import PARTS, Columns, is_whole, read_part_counts, write_store, writing
+from bigtune.data.store import (
+    PARTS,
+    Columns,
+    is_whole,
+    read_part_counts,
+    refuse_foreign,
+    write_store,
+    writing,
+)
 from bigtune.errors import DataError
 
 SMALL_BYTES = 2**20
@@ -105,6 +113,7 @@ def _make(
     progress: Progress | None,
     held_out: Sequence[Source],
 ) -> Manifest:
+    refuse_foreign(store_path)
     with writing(store_path):
         (store_path / PARTS).mkdir(parents=True, exist_ok=True)
     made = [Made(file) for file in inputs.files]
@@ -121,6 +130,7 @@ def _make(
             rows += counts.rows
             if progress is not None:
                 progress(rows, None)
+    require_fields(made, data.sources)
     columns = Columns([store_path / PARTS / f"{name}.arrow" for of in made for name in of.parts])
     choice = choose(columns, data.clean, data.holdout)
     manifest = manifest_of(data, inputs, chat, made, columns, choice)

@@ -164,7 +164,7 @@ class _Found:
         self.split, self.split_used = split, False
         self.paths: list[str] = []
         self.ignored: list[str] = []
-        self._seen: set[str] = set()  # folders, resolved: links can lead in circles
+        self._seen: set[str] = set()  # folders and files, resolved: links can lead in circles
 
     def add(self, name: str) -> None:
         if Path(name).is_dir():
@@ -185,9 +185,15 @@ class _Found:
 
     def _add_file(self, name: str) -> None:
         path = Path(name)
-        if path.exists() and not path.is_file():  # a pipe or device: opening it may wait for ever
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{name!r}: the file's name is not UTF-8; rename it") from None
+        # A pipe or device: opening it may wait for ever. A link to a file that is there already: its rows would repeat.
+        if (path.exists() and not path.is_file()) or (real := str(path.resolve())) in self._seen:
             self.ignored.append(name)
         else:
+            self._seen.add(real)
             self.paths.append(name)  # a dangling link too: reading it says so
 
     def _add_folder(self, name: str) -> None:

@@ -15,6 +15,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,21 @@ SCHEMA = pa.schema(
 
 
 LISTS = ("input_ids", "spans", "weights")
+OWN = {MANIFEST, CHOSEN, REMOVED, PARTS, "state.json", "dataset_info.json", "aside.tmp"}
+OWN_PARTS = re.compile(r"[0-9a-f]+-\d{5,}\.(arrow|json|\d+\.tmp)")
+
+
+def refuse_foreign(path: Path) -> None:
+    """Writing a store removes what is no longer of it, so there must be nothing else.
+
+    Raises:
+        DataError: the folder holds something that no store has.
+    """
+    with writing(path):
+        for folder, is_own in ((path, OWN.__contains__), (path / PARTS, OWN_PARTS.fullmatch)):
+            for entry in folder.iterdir() if folder.exists() else ():
+                if not is_own(entry.name):
+                    raise DataError(f"{entry}: is not of a document store; choose another folder as data.store")
 
 
 @contextmanager

@@ -109,6 +109,8 @@ class Template:
                 self._bracketing = environment.overlay(extensions=[_Brackets]).from_string(text)
         except jinja2.TemplateSyntaxError as error:
             raise Refusal(f"line {error.lineno}: {_line(error)}") from None
+        except RecursionError:
+            raise Refusal("it is nested too deeply") from None
         # Jinja chains these, to follow later changes of the environment, and copies the chain for every rendering:
         # most of a short one's time.
         self._compiled.globals = dict(self._compiled.globals)

@@ -31,7 +31,8 @@ def decode_line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadRow("not UTF-8", f" (byte {error.start + 1} of the row)") from None
     except json.JSONDecodeError as error:
-        raise BadRow("broken JSON", f" ({error.msg}, column {error.colno})") from None
+        whole = "; a row is one line, unless the file is an array" if line.strip() in (b"{", b"[") else ""
+        raise BadRow("broken JSON", f" ({error.msg}, column {error.colno}{whole})") from None
     except RecursionError:
         raise BadRow("broken JSON", " (nested too deeply)") from None
     except ValueError:  # the one kind left: Python bounds the digits of an integer

@@ -21,7 +21,7 @@ from bigtune.data.store import Store
 from bigtune.data.stream import RowStream, steps_of
 from bigtune.errors import DataError
 from bigtune.report.inspection import Inspection, Loss, SourceShare, Wishes
-from bigtune.report.losses import losses_of, losses_of_cutting, notes_of
+from bigtune.report.losses import losses_of, losses_of_cutting
 from bigtune.report.samples import every_document, first_rows, sample_epoch, sample_silent, sample_store
 from bigtune.report.statistics import asked_shares, facts_of, packing_of, statistics_of
 from bigtune.report.tokens import Reader
@@ -114,7 +114,7 @@ def _unpacked(run: Run, store: Store, wishes: Wishes, reader: Reader, refusal: s
 
 
 def _facts_of_store(manifest: Manifest) -> dict[str, Any]:
-    return {"source_rows": manifest.rows, "notes": tuple(notes_of(manifest))}
+    return {"source_rows": manifest.rows, "notes": tuple(manifest.notes())}
 
 
 def _shares(data: Data, store: Store, pieces: Pieces, drawn: npt.NDArray[np.int64]) -> tuple[SourceShare, ...]:

@@ -3,12 +3,11 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from bigtune.data.manifest import Manifest
 from bigtune.data.pieces import Pieces
 from bigtune.data.sources import UNREADABLE
 from bigtune.data.store import REMOVED, Store
@@ -44,20 +43,6 @@ def losses_of_cutting(store: Store, pieces: Pieces, sequence_length: int) -> lis
         Loss(reason, count, "pieces" if reason.startswith("pieces") else "documents", examples)
         for reason, count in pieces.dropped.items()
     ]
-
-
-def notes_of(manifest: Manifest) -> Iterator[str]:
-    """What else is worth knowing of how rows became documents."""
-    if manifest.split_rows:
-        yield (
-            f"{manifest.split_rows:,} rows became a document for each answer, "
-            "since the chat template rewrites earlier turns"
-        )
-    if manifest.duplicate_ids:
-        yield f"{manifest.duplicate_ids:,} rows repeat the id of another; all are kept"
-    if manifest.ignored_files:
-        names = ", ".join(manifest.ignored_files[:EXAMPLES])
-        yield f"{len(manifest.ignored_files):,} files of other kinds are ignored: {names}"
 
 
 def _examples(store: Store, reasons: set[str]) -> dict[str, list[Example]]:

@@ -53,6 +53,13 @@ def test_raw_text_task_and_tags_are_kept(tmp_path: Path) -> None:
     [conversation] = read(written(tmp_path / "a.jsonl", {"text": "Once", "task": "story", "tags": ["x", "y"]}))
     assert (conversation.messages, conversation.text) == ((), "Once")
     assert (conversation.task, conversation.tags) == ("story", ("x", "y"))
+    # As tables hold them.
+    for row, task, tags in (
+        ({"task": 3, "tags": "x"}, "3", ("x",)),
+        ({"task": float("nan"), "tags": '["x"]'}, "", ("x",)),
+    ):
+        [conversation] = conversations({"text": "Once", **row})
+        assert (conversation.task, conversation.tags) == (task, tags)
 
 
 def test_an_array_and_lines_read_alike_and_count_rows_as_an_editor_does(tmp_path: Path) -> None:
@@ -78,7 +85,7 @@ def test_an_array_and_lines_read_alike_and_count_rows_as_an_editor_does(tmp_path
         ('{"messages": "Hi"}', "'messages' is no list of objects"),
         ('{"text": ""}', "empty text"),
         ('{"text": "\\ud800"}', "broken Unicode"),
-        ('{"text": "a", "tags": "b"}', "'tags' is no list of strings"),
+        ('{"text": "a", "tags": [1]}', "'tags' is no list of strings"),
         ('{"frage": "Hi", "antwort": "Hello"}', "unknown format (keys: 'frage', 'antwort'; known formats: "),
     ],
 )
@@ -425,7 +432,7 @@ def test_an_unknown_format_is_met_with_the_keys_the_formats_and_the_way_out() ->
         ({"text": "a\0b"}, "NUL byte (character 2 of a text)"),
         ({"question": "a", "answer": "b\0"}, "NUL byte"),
         ({"text": "a", "id": True}, "'id' is a boolean, not a string"),
-        ({"text": "a", "id": 1.5}, "'id' is a number, not a string"),
+        ({"text": "a", "id": [1]}, "'id' is a list, not a string"),
         ({"text": "a", "task": "\ud800"}, "broken Unicode"),
         ({"text": float("nan")}, "'text' is a number, not a string"),
         ({"question": "a", "answer": b"b"}, "'answer' is binary data, not a string"),

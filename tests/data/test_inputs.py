@@ -73,7 +73,7 @@ def _own(setting: Setting) -> None:
 
 
 CHANGES: dict[str, Callable[[Setting], Any]] = {
-    "a row": lambda s: s.rows.write_text(ROWS.replace("with 20?", "with 21?")),
+    "a row": lambda s: s.rows.write_text(ROWS.replace("Number 20?", "Number 21?")),
     "a row more": lambda s: s.rows.write_text(ROWS + ROWS[:40] + '"}\n'),
     "fields": lambda s: s.source.update(fields={"answer": "other"}),
     "roles": lambda s: s.source.update(roles={"narrator": "user"}),
@@ -83,7 +83,7 @@ CHANGES: dict[str, Callable[[Setting], Any]] = {
     "cleaning": lambda s: s.data.update(clean={"decontaminate": 5, "min_tokens": 3}),
     "n-grams": lambda s: s.data.update(clean={"decontaminate": 6}),
     "a held-out row": lambda s: s.held_out.write_text(HELD_OUT.replace("fox", "cat")),
-    "fields of held-out rows": lambda s: s.held_source.update(fields={"question": "other", "answer": "question"}),
+    "fields of held-out rows": lambda s: s.held_source.update(fields={"question": "answer", "answer": "other"}),
     "eos_token": _edit("tokenizer_config.json", eos_token="<|pad|>"),
     "the vocabulary": lambda s: (s.model / "tokenizer.json").write_text(
         (s.model / "tokenizer.json").read_text().replace("<|im_start|>", "<|im_begin|>")
