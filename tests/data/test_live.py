@@ -16,13 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from bigtune.config import Data, TrainingSource, resolve
+from bigtune.config import Data, TrainingSource
 from bigtune.data import live
 from bigtune.data.live import LiveRows
 from bigtune.data.pool import open_pool
 from bigtune.data.recipe import Recipe
 from bigtune.data.rows import Position
 from bigtune.errors import BigtuneError, ConfigError, DataError
+from bigtune.runfile import resolve
 
 
 def texts(count: int, start: int = 0) -> list[dict[str, str]]:

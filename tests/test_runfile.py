@@ -1,13 +1,16 @@
 """The run file: what a user may write, and what is said to one who writes something else."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from bigtune.config import Run, load_run
+from bigtune.config import Run
 from bigtune.errors import ConfigError
+from bigtune.runfile import load_run, to_yaml
 from bigtune.train.ds_config import preset_folder, read_preset
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +59,15 @@ def test_a_minimal_run_file_gets_the_documented_defaults(tmp_path: Path) -> None
     assert (run.checkpoint.every_steps, run.checkpoint.keep_last, run.evaluate) == (None, None, None)
     assert run.deepspeed == "zero3"
     assert run.store == Path("runs/first/data")
+
+
+def test_a_run_file_is_read_without_torch_or_a_stage() -> None:
+    code = (
+        "import sys, bigtune.runfile\n"
+        "print(sorted(name for name in sys.modules if name.startswith(('torch', 'bigtune'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == str(["bigtune", "bigtune.config", "bigtune.errors", "bigtune.runfile"])
 
 
 def test_every_run_file_that_the_readme_shows_parses(tmp_path: Path) -> None:
@@ -188,8 +200,8 @@ def test_the_resolved_run_file_reads_back_the_same(tmp_path: Path) -> None:
         "data.store=a/b",
         "output='1e-4'",  # a folder that looks like a number
     )
-    assert load(tmp_path, run.to_yaml()) == run
-    assert "größe" in run.to_yaml()
+    assert load(tmp_path, to_yaml(run)) == run
+    assert "größe" in to_yaml(run)
 
 
 def test_a_missing_or_unreadable_file_is_one_line(tmp_path: Path) -> None:
