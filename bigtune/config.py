@@ -19,7 +19,7 @@ ROLES = ("system", "user", "assistant", "tool")
 def _supervise(value: Any) -> Any:
     if value in ("all", "last"):
         return value
-    if isinstance(value, list | tuple) and value and set(value) <= set(ROLES):
+    if isinstance(value, list | tuple) and value and all(role in ROLES for role in value):
         return tuple(value)
     raise ValueError(f"{value!r}; allowed: all, last, or a list of {', '.join(ROLES)}")
 

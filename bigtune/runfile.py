@@ -49,7 +49,7 @@ for _side in (_Loader, _Dumper):
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for what looks like a date and is none
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
@@ -136,7 +136,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
     if kind == "literal_error":
         return f"'{dotted}' is {given}; allowed: {context['expected']}"
     if kind == "value_error":
-        return f"'{dotted}': {context['error']}"
+        return f"'{dotted}': {context['error']}" if where else str(context["error"])
     return f"'{dotted}' is {given}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 

@@ -179,6 +179,9 @@ def test_the_last_of_two_overrides_wins(tmp_path: Path) -> None:
         ("data.sources.first=x", "'first' is no position in a list of 1"),
         ("train.seed=[1", "--set train.seed, line 1: not valid YAML"),
         ("train.seed=soon", "'train.seed' is 'soon'"),
+        ("output=2024-13-01", "--set output: not valid YAML: month must be in 1..12"),
+        ("data.supervise=[[user]]", "'data.supervise': [['user']]; allowed: all, last, or a list of system, user,"),
+        ("evaluate={}", "run.yaml: evaluate.sources is missing; name held-out rows there"),
     ],
 )
 def test_a_bad_override_is_refused(tmp_path: Path, override: str, complaint: str) -> None:
