@@ -96,7 +96,10 @@ class Clean(Section):
         default=None, gt=0, lt=1, description="remove rows whose estimated Jaccard similarity to an earlier is as high"
     )
     decontaminate: int | None = Field(
-        default=None, ge=4, description="remove rows that share so many words in a row with a held-out row; often 13"
+        default=None,
+        ge=4,
+        description="remove rows that share so many words in a row with one of evaluate.sources or data.holdout; "
+        "often 13",
     )
     min_tokens: int | None = Field(default=None, ge=1, description="remove shorter documents")
     max_tokens: int | None = Field(default=None, ge=1, description="remove longer documents")
@@ -150,15 +153,15 @@ class Data(Section):
     store: FilePath | None = Field(default=None, description="prepared documents; default: OUTPUT/data")
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _goes_together(self) -> Self:
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise ValueError("give every source a weight, or none")
         if self.stream:
-            self._refuse_whole_data()
+            self._refuse_what_needs_a_store()
         return self
 
-    def _refuse_whole_data(self) -> None:
+    def _refuse_what_needs_a_store(self) -> None:
         """What cannot be done while reading, and why."""
         needs = {
             "sources.weight": (any(source.weight for source in self.sources), "the number of tokens of each source"),
@@ -174,6 +177,11 @@ class Data(Section):
                     f"stream reads each row once, in bounded memory, but {key} needs {why}; "
                     "drop it, or set data.stream: false"
                 )
+        if self.clean.decontaminate and self.holdout is not None:
+            raise ValueError(
+                "stream reads each row once, but clean.decontaminate with holdout needs all rows, to compare with "
+                "those held out; name such rows in evaluate.sources in place of holdout, or set data.stream: false"
+            )
 
 
 class Optim(Section):
@@ -262,8 +270,14 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _held_out_rows(self) -> Self:
-        if self.evaluate is not None and self.evaluate.sources is None and self.data.holdout is None:
+        if self.held_out or self.data.holdout is not None:
+            return self
+        if self.evaluate is not None:
             raise ValueError("evaluate.sources is missing; name held-out rows there, or set data.holdout")
+        if self.data.clean.decontaminate:
+            # A stream cannot compare with its own rows.
+            mend = "name them in evaluate.sources" + (", or set data.holdout" if not self.data.stream else "")
+            raise ValueError(f"data.clean.decontaminate compares with held-out rows, and there are none; {mend}")
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""The run file: what a user may write, and what is said to one who writes something else."""
+"""The run file, read and written: what is said of an unknown key, a wrong value, broken YAML or a bad override."""
 
 import re
 import subprocess
@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from bigtune.config import Run
 from bigtune.errors import ConfigError
@@ -45,20 +44,6 @@ def refused(folder: Path, text: str, *overrides: str) -> str:
         load(folder, text, *overrides)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def test_a_minimal_run_file_gets_the_documented_defaults(tmp_path: Path) -> None:
-    run = load(tmp_path, MINIMAL)
-    assert run.model.path == Path("models/base")
-    assert [source.path for source in run.data.sources] == [Path("data/train.jsonl")]
-    assert (run.data.sequence_length, run.data.on_bad_row, run.data.on_long_document) == (1024, "error", "drop")
-    assert (run.optim.name, run.optim.learning_rate, run.optim.schedule) == ("adamw", 1e-4, "cosine")
-    assert (run.optim.warmup_steps, run.optim.weight_decay, run.optim.max_grad_norm) == (0, 0.0, 1.0)
-    assert (run.train.steps, run.train.epochs) == (None, 2)
-    assert (run.train.micro_batch, run.train.global_batch, run.train.precision, run.train.seed) == (1, 8, "auto", 0)
-    assert (run.checkpoint.every_steps, run.checkpoint.keep_last, run.evaluate) == (None, None, None)
-    assert run.deepspeed == "zero3"
-    assert run.store == Path("runs/first/data")
 
 
 def test_a_run_file_is_read_without_torch_or_a_stage() -> None:
@@ -186,12 +171,6 @@ def test_the_last_of_two_overrides_wins(tmp_path: Path) -> None:
 )
 def test_a_bad_override_is_refused(tmp_path: Path, override: str, complaint: str) -> None:
     assert complaint in refused(tmp_path, MINIMAL, override)
-
-
-def test_a_run_cannot_be_changed(tmp_path: Path) -> None:
-    run = load(tmp_path, MINIMAL)
-    with pytest.raises(ValidationError, match="frozen"):
-        run.train.seed = 3
 
 
 def test_the_resolved_run_file_reads_back_the_same(tmp_path: Path) -> None:

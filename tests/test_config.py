@@ -1,0 +1,70 @@
+"""The sections of the run file: their defaults, and options that contradict each other, which are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from bigtune.config import Run
+from bigtune.errors import ConfigError
+from bigtune.runfile import resolve
+
+HELD_OUT = {"sources": [{"path": "test.jsonl"}]}
+
+
+def run_of(evaluate: dict[str, Any] | None = None, **data: Any) -> Run:
+    """A run with changes to its `data`; a stream has steps in place of epochs."""
+    return resolve(
+        {
+            "model": {"path": "models/base"},
+            "data": {"sources": [{"path": "data/train.jsonl"}]} | data,
+            "train": {"steps": 1} if data.get("stream") else {"epochs": 2},
+            "evaluate": evaluate,
+            "output": "runs/first",
+        }
+    )
+
+
+def refused(evaluate: dict[str, Any] | None = None, **data: Any) -> str:
+    """The message, which is one line."""
+    with pytest.raises(ConfigError) as caught:
+        run_of(evaluate, **data)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_minimal_run_gets_the_documented_defaults() -> None:
+    run = run_of()
+    assert run.model.path == Path("models/base")
+    assert [source.path for source in run.data.sources] == [Path("data/train.jsonl")]
+    assert (run.data.sequence_length, run.data.on_bad_row, run.data.on_long_document) == (1024, "error", "drop")
+    assert (run.optim.name, run.optim.learning_rate, run.optim.schedule) == ("adamw", 1e-4, "cosine")
+    assert (run.optim.warmup_steps, run.optim.weight_decay, run.optim.max_grad_norm) == (0, 0.0, 1.0)
+    assert (run.train.steps, run.train.epochs) == (None, 2)
+    assert (run.train.micro_batch, run.train.global_batch, run.train.precision, run.train.seed) == (1, 8, "auto", 0)
+    assert (run.checkpoint.every_steps, run.checkpoint.keep_last, run.evaluate) == (None, None, None)
+    assert run.deepspeed == "zero3"
+    assert run.store == Path("runs/first/data")
+
+
+def test_a_run_cannot_be_changed() -> None:
+    run = run_of()
+    with pytest.raises(ValidationError, match="frozen"):
+        run.train.seed = 3
+
+
+def test_decontamination_needs_held_out_rows() -> None:
+    told = "data.clean.decontaminate compares with held-out rows, and there are none; name them in evaluate.sources"
+    assert refused(clean={"decontaminate": 13}).endswith(f"{told}, or set data.holdout")
+    assert refused(clean={"decontaminate": 13}, stream=True).endswith(told)  # where a holdout would be refused too
+    run_of(clean={"decontaminate": 13}, holdout=0.1)
+    run_of(HELD_OUT, clean={"decontaminate": 13})
+    run_of(HELD_OUT, clean={"decontaminate": 13}, stream=True)
+
+
+@pytest.mark.parametrize("evaluate", [None, {}, HELD_OUT])
+def test_a_stream_cannot_compare_with_rows_held_out_of_itself(evaluate: dict[str, Any] | None) -> None:
+    message = refused(evaluate, clean={"decontaminate": 13}, stream=True, holdout=0.1)
+    assert "clean.decontaminate with holdout needs all rows, to compare with those held out" in message
+    assert message.endswith("name such rows in evaluate.sources in place of holdout, or set data.stream: false")
