@@ -116,6 +116,15 @@ class Clean(Section):
         description="remove rows with an answer that repeats itself: share of repeated 4-grams",
     )
 
+    @model_validator(mode="after")
+    def _some_length(self) -> Self:
+        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"no document has min_tokens {self.min_tokens:,} and max_tokens {self.max_tokens:,}; "
+                "lower the first, or raise the second"
+            )
+        return self
+
 
 class Data(Section):
     """What is trained on, and how it is cut into rows."""
@@ -150,13 +159,24 @@ class Data(Section):
     )
     stream: bool = Field(default=False, description="read, tokenize and pack while training, instead of preparing")
     workers: int | None = Field(default=None, ge=1, description="processes that tokenize; none: one a core")
-    store: FilePath | None = Field(default=None, description="prepared documents; default: OUTPUT/data")
+    store: FilePath | None = Field(
+        default=None, description="prepared documents; default: OUTPUT/data; a stream has none"
+    )
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise ValueError("give every source a weight, or none")
+        if self.mixture == "all_exhausted" and not any(weighted):
+            raise ValueError("mixture: all_exhausted goes with weights; give every source one, or drop it")
+        only_long = (self.clean.min_tokens or 0) > self.sequence_length
+        if only_long and self.on_long_document in ("drop", "error"):
+            raise ValueError(
+                f"clean.min_tokens {self.clean.min_tokens:,} keeps what is longer than sequence_length "
+                f"{self.sequence_length:,}, and on_long_document: {self.on_long_document} lets none of it in; "
+                "lower the first, raise the second, or set on_long_document: truncate or split"
+            )
         if self.stream:
             self._refuse_what_needs_a_store()
         return self
@@ -181,6 +201,10 @@ class Data(Section):
             raise ValueError(
                 "stream reads each row once, but clean.decontaminate with holdout needs all rows, to compare with "
                 "those held out; name such rows in evaluate.sources in place of holdout, or set data.stream: false"
+            )
+        if self.store is not None:
+            raise ValueError(
+                "stream prepares no documents, and store is where they lie; drop it, or set data.stream: false"
             )
 
 

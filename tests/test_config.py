@@ -68,3 +68,32 @@ def test_a_stream_cannot_compare_with_rows_held_out_of_itself(evaluate: dict[str
     message = refused(evaluate, clean={"decontaminate": 13}, stream=True, holdout=0.1)
     assert "clean.decontaminate with holdout needs all rows, to compare with those held out" in message
     assert message.endswith("name such rows in evaluate.sources in place of holdout, or set data.stream: false")
+
+
+def test_a_stream_has_no_store() -> None:
+    message = refused(stream=True, store="docs")
+    assert message.endswith(
+        "stream prepares no documents, and store is where they lie; drop it, or set data.stream: false"
+    )
+
+
+def test_a_mixture_that_repeats_sources_has_weights() -> None:
+    message = refused(mixture="all_exhausted")
+    assert message.endswith("'data': mixture: all_exhausted goes with weights; give every source one, or drop it")
+    run_of(mixture="all_exhausted", sources=[{"path": "a", "weight": 1.0}, {"path": "b", "weight": 2.0}])
+
+
+def test_cleaning_leaves_some_length() -> None:
+    message = refused(clean={"min_tokens": 2000, "max_tokens": 1999})
+    assert "'data.clean': no document has min_tokens 2,000 and max_tokens 1,999; lower the first" in message
+    run_of(clean={"min_tokens": 5, "max_tokens": 5})
+
+
+@pytest.mark.parametrize("what", ["drop", "error"])
+def test_cleaning_leaves_documents_that_fit_a_row(what: str) -> None:
+    message = refused(sequence_length=64, clean={"min_tokens": 65}, on_long_document=what)
+    assert "clean.min_tokens 65 keeps what is longer than sequence_length 64" in message
+    assert f"on_long_document: {what} lets none of it in; lower the first, raise the second, or set" in message
+    run_of(sequence_length=64, clean={"min_tokens": 64}, on_long_document=what)
+    run_of(sequence_length=64, clean={"min_tokens": 65}, on_long_document="split")
+    run_of(sequence_length=64, clean={"min_tokens": 65}, on_long_document="truncate")
