@@ -1,7 +1,7 @@
 """The stages of a run for Python, each with a bar on standard error; the command line and the demo call the same.
 
     from bigtune import api
-    from bigtune.config import load_run
+    from bigtune.runfile import load_run
 
     run = load_run("recipes/gsm8k.yaml", ["train.steps=20"])
     api.train(run, ranks=2)
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from bigtune.config import Run
 from bigtune.errors import ConfigError, LaunchError
 from bigtune.progress import bar
+from bigtune.runfile import to_yaml
 
 if TYPE_CHECKING:
     from bigtune.data.manifest import Manifest
@@ -95,7 +96,7 @@ def train(
     resolved = run.output / "run.yaml"
     try:
         run.output.mkdir(parents=True, exist_ok=True)
-        resolved.write_text(run.to_yaml(), encoding="utf-8")
+        resolved.write_text(to_yaml(run), encoding="utf-8")
     except OSError as error:
         raise LaunchError(f"output: {run.output.absolute()} cannot be written: {error.strerror}") from None
     options = [f"--resume={resume}"] * (resume is not None) + ["--new-data"] * new_data

@@ -54,7 +54,7 @@ def main() -> None:
 def prepare(run_file: str, overrides: tuple[str, ...]) -> None:
     """Tokenize the sources of RUN_FILE into a document store. Does nothing if it is there already."""
     from bigtune import api
-    from bigtune.config import load_run
+    from bigtune.runfile import load_run
 
     api.prepare(load_run(run_file, overrides))
 
@@ -72,7 +72,7 @@ def inspect(
 ) -> None:
     """Show what RUN_FILE trains on: its documents as tokens, what is supervised, packed and left out."""
     from bigtune import api
-    from bigtune.config import load_run
+    from bigtune.runfile import load_run
 
     if as_json and html is None:
         samples = rows = 0  # of which no statistics tell
@@ -115,7 +115,7 @@ def train(
     hand: deepspeed --num_accelerators N --module bigtune.train RUN_FILE.
     """
     from bigtune import api
-    from bigtune.config import load_run
+    from bigtune.runfile import load_run
 
     if not api.train(load_run(run_file, overrides), ranks, resume, oversubscribe, new_data):
         sys.exit(STOPPED)
@@ -141,7 +141,7 @@ def merge(checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str
 def evaluate(run_file: str, model: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Score a model on the held-out rows of RUN_FILE: loss and exact match, by task."""
     from bigtune import api
-    from bigtune.config import load_run
+    from bigtune.runfile import load_run
 
     report = api.evaluate(load_run(run_file, overrides), model)
     if as_json:

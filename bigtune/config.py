@@ -1,28 +1,17 @@
-"""The run file: one frozen section a stage, read from YAML, strict about keys, types and ranges.
+"""What a run file may say: one frozen section a stage, strict about keys, types, ranges and what goes together.
 
-    RUN.yaml ──read──▶ mapping ──overrides──▶ mapping ──validate──▶ Run (frozen)
-
-Relative paths in a run file are relative to the directory that the command is started in. This module
-imports neither torch nor any stage, so that `bigtune --help` and a bad run file answer at once.
+`runfile.py` reads and writes it. This module imports neither torch nor any stage, so that `bigtune --help` and a bad
+run file answer at once.
 """
 
-import difflib
-import re
-import typing
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
-
-from bigtune.errors import ConfigError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 FilePath = Annotated[
     Path, Strict(False), BeforeValidator(lambda value: Path(value) if isinstance(value, str) else value)
 ]
-
-
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -30,7 +19,7 @@ ROLES = ("system", "user", "assistant", "tool")
 def _supervise(value: Any) -> Any:
     if value in ("all", "last"):
         return value
-    if isinstance(value, list | tuple) and value and set(value) <= set(ROLES):
+    if isinstance(value, list | tuple) and value and all(role in ROLES for role in value):
         return tuple(value)
     raise ValueError(f"{value!r}; allowed: all, last, or a list of {', '.join(ROLES)}")
 
@@ -107,7 +96,10 @@ class Clean(Section):
         default=None, gt=0, lt=1, description="remove rows whose estimated Jaccard similarity to an earlier is as high"
     )
     decontaminate: int | None = Field(
-        default=None, ge=4, description="remove rows that share so many words in a row with a held-out row; often 13"
+        default=None,
+        ge=4,
+        description="remove rows that share so many words in a row with one of evaluate.sources or data.holdout; "
+        "often 13",
     )
     min_tokens: int | None = Field(default=None, ge=1, description="remove shorter documents")
     max_tokens: int | None = Field(default=None, ge=1, description="remove longer documents")
@@ -123,6 +115,15 @@ class Clean(Section):
         lt=1,
         description="remove rows with an answer that repeats itself: share of repeated 4-grams",
     )
+
+    @model_validator(mode="after")
+    def _some_length(self) -> Self:
+        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"no document has min_tokens {self.min_tokens:,} and max_tokens {self.max_tokens:,}; "
+                "lower the first, or raise the second"
+            )
+        return self
 
 
 class Data(Section):
@@ -158,18 +159,29 @@ class Data(Section):
     )
     stream: bool = Field(default=False, description="read, tokenize and pack while training, instead of preparing")
     workers: int | None = Field(default=None, ge=1, description="processes that tokenize; none: one a core")
-    store: FilePath | None = Field(default=None, description="prepared documents; default: OUTPUT/data")
+    store: FilePath | None = Field(
+        default=None, description="prepared documents; default: OUTPUT/data; a stream has none"
+    )
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _goes_together(self) -> Self:
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise ValueError("give every source a weight, or none")
+        if self.mixture == "all_exhausted" and not any(weighted):
+            raise ValueError("mixture: all_exhausted goes with weights; give every source one, or drop it")
+        only_long = (self.clean.min_tokens or 0) > self.sequence_length
+        if only_long and self.on_long_document in ("drop", "error"):
+            raise ValueError(
+                f"clean.min_tokens {self.clean.min_tokens:,} keeps what is longer than sequence_length "
+                f"{self.sequence_length:,}, and on_long_document: {self.on_long_document} lets none of it in; "
+                "lower the first, raise the second, or set on_long_document: truncate or split"
+            )
         if self.stream:
-            self._refuse_whole_data()
+            self._refuse_what_needs_a_store()
         return self
 
-    def _refuse_whole_data(self) -> None:
+    def _refuse_what_needs_a_store(self) -> None:
         """What cannot be done while reading, and why."""
         needs = {
             "sources.weight": (any(source.weight for source in self.sources), "the number of tokens of each source"),
@@ -185,6 +197,15 @@ class Data(Section):
                     f"stream reads each row once, in bounded memory, but {key} needs {why}; "
                     "drop it, or set data.stream: false"
                 )
+        if self.clean.decontaminate and self.holdout is not None:
+            raise ValueError(
+                "stream reads each row once, but clean.decontaminate with holdout needs all rows, to compare with "
+                "those held out; name such rows in evaluate.sources in place of holdout, or set data.stream: false"
+            )
+        if self.store is not None:
+            raise ValueError(
+                "stream prepares no documents, and store is where they lie; drop it, or set data.stream: false"
+            )
 
 
 class Optim(Section):
@@ -273,8 +294,14 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _held_out_rows(self) -> Self:
-        if self.evaluate is not None and self.evaluate.sources is None and self.data.holdout is None:
+        if self.held_out or self.data.holdout is not None:
+            return self
+        if self.evaluate is not None:
             raise ValueError("evaluate.sources is missing; name held-out rows there, or set data.holdout")
+        if self.data.clean.decontaminate:
+            # A stream cannot compare with its own rows.
+            mend = "name them in evaluate.sources" + (", or set data.holdout" if not self.data.stream else "")
+            raise ValueError(f"data.clean.decontaminate compares with held-out rows, and there are none; {mend}")
         return self
 
     @property
@@ -286,152 +313,3 @@ class Run(Section):
     def store(self) -> Path:
         """Where the prepared documents lie."""
         return self.data.store or self.output / "data"
-
-    def to_yaml(self) -> str:
-        """The resolved run file, every default written out."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number (YAML 1.2) and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' is given twice", key.start_mark
-                )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that `_Loader` would read as something else."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-
-
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
-    """Read a run file and apply overrides of the form `section.key=value`.
-
-    Raises:
-        ConfigError: the file is missing or no YAML, a key is unknown, a value has the wrong type or range.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such run file (looked in {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the run file cannot be read: {error}") from None
-    tree = _parse(text, str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a run file is a mapping of sections (model, data, train, …)")
-    for override in overrides:
-        _apply(tree, override)
-    return resolve(tree, str(path))
-
-
-def resolve(tree: Mapping[str, Any], where: str = "run") -> Run:
-    """Validate a mapping of sections.
-
-    Raises:
-        ConfigError: names every wrong key, the nearest valid one, and what is allowed.
-    """
-    try:
-        return Run.model_validate(dict(tree))
-    except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"--set {override}: write section.key=value")
-    node: Any = tree
-    for depth, part in enumerate(parts[:-1]):
-        if isinstance(node, list):
-            node = node[_index(node, part, override)]
-        else:
-            if node.get(part) is None:
-                node[part] = {}  # a section that the file leaves out
-            node = node[part]
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"--set {override}: {'.'.join(parts[: depth + 1])} is a value, not a section")
-    parsed = _parse(value, f"--set {key}")
-    if isinstance(node, list):
-        node[_index(node, parts[-1], override)] = parsed
-    else:
-        node[parts[-1]] = parsed
-
-
-def _index(node: list[Any], part: str, override: str) -> int:
-    if part.isdigit() and int(part) < len(node):
-        return int(part)
-    raise ConfigError(f"--set {override}: '{part}' is no position in a list of {len(node)}")
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    """One clause for one pydantic error."""
-    where = problem["loc"]
-    dotted = ".".join(map(str, where))
-    kind, context = problem["type"], problem.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"unknown key '{dotted}'{_nearest(where)}"
-    if kind == "missing":
-        return f"'{dotted}' is missing"
-    given = repr(problem["input"])
-    given = given if len(given) <= 60 else given[:57] + "..."
-    if kind == "literal_error":
-        return f"'{dotted}' is {given}; allowed: {context['expected']}"
-    if kind == "value_error":
-        return f"'{dotted}': {context['error']}"
-    return f"'{dotted}' is {given}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _nearest(where: Sequence[str | int]) -> str:
-    section: type[BaseModel] | None = Run
-    for part in where[:-1]:
-        if section is not None and isinstance(part, str):
-            section = _section_of(section.model_fields[part].annotation) if part in section.model_fields else None
-    if section is None:
-        return ""
-    keys = list(section.model_fields)
-    close = difflib.get_close_matches(str(where[-1]), keys, n=1, cutoff=0.5)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    elsewhere = [dotted for dotted in _dotted_keys(Run) if dotted.split(".")[-1] == where[-1]]
-    if not close and elsewhere:
-        hint = f"; did you mean '{elsewhere[0]}'?"
-    return f"{hint} (valid: {', '.join(keys)})"
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
-
-
-def _dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        inner = _section_of(field.annotation)
-        if inner is not None:
-            yield from _dotted_keys(inner, f"{prefix}{name}.")

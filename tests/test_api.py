@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from bigtune import api
-from bigtune.config import load_run
 from bigtune.errors import ConfigError, DataError
+from bigtune.runfile import load_run
 from tests.tiny import tiny_model, tiny_run, write_rows
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from bigtune.checkpoint.merge import merge
 from bigtune.data.prepare import prepare
+from bigtune.runfile import to_yaml
 from tests.checkpoint.test_save_resume_merge import whole_parameters
 from tests.distributed import GPUS, run_distributed
 from tests.tiny import tiny_llama, tiny_model, tiny_run, write_rows
@@ -69,7 +70,7 @@ def test_the_commands_take_the_gpu_by_themselves(tmp_path: Path) -> None:
     tiny_model(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl")
     run = tiny_run(tmp_path, train__precision="auto", evaluate__sources=[{"path": str(tmp_path / "rows.jsonl")}])
-    (tmp_path / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(to_yaml(run), encoding="utf-8")
 
     def bigtune(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "bigtune.cli", *map(str, arguments)]

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bigtune.config import Run, resolve
+from bigtune.config import Run
+from bigtune.runfile import resolve
 
 VOCABULARY = 320
 

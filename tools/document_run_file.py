@@ -13,8 +13,8 @@ from bigtune.config import Run, Source
 
 HEAD = """# The run file
 
-Every key, from `bigtune/config.py`. An unknown key, a wrong type or a bad range is an error that names it. Relative
-paths are relative to the directory that a command is started in.
+Every key, from `bigtune/config.py`. An unknown key, a wrong type, a bad range, or keys that contradict each other are
+an error that names them. Relative paths are relative to the directory that a command is started in.
 
 """
 

@@ -21,9 +21,9 @@ import click
 
 from bigtune import api
 from bigtune.checkpoint.layout import latest, read_json
-from bigtune.config import load_run
 from bigtune.launch.local import gpus
 from bigtune.model.create import create_llama
+from bigtune.runfile import load_run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "gsm8k.yaml"
 WARM_UP = 5

@@ -19,7 +19,7 @@ from bigtune.data.manifest import VERSION, Manifest
 from bigtune.data.recipe import Recipe
 from bigtune.data.sources import SourceFile, UnreadableFile, hash_of, reading, resolve_sources, stat_of
 from bigtune.data.template import DEFAULT_TEMPLATE, template_path
-from bigtune.errors import ConfigError, DataError, ModelError
+from bigtune.errors import DataError, ModelError
 
 # Whatever of a model folder decides on the token ids.
 TOKENIZER_INPUTS = (
@@ -91,15 +91,10 @@ def inputs_of(data: Data, model_path: Path, held_out: Sequence[Source], before: 
 
     Raises:
         ModelError: there is no model folder.
-        ConfigError: rows are to be compared with held-out ones, and there are none.
         UnreadableFile: a source cannot be read, and bad rows are not to be skipped.
     """
     if not model_path.is_dir():
         raise ModelError(f"{model_path.absolute()}: no such model folder; correct model.path")
-    if data.clean.decontaminate and not held_out and data.holdout is None:
-        raise ConfigError(
-            "'data.clean.decontaminate' compares with held-out rows: give evaluate.sources or data.holdout"
-        )
     files, ignored = resolve_sources(data.sources)
     known = {file["path"]: (file["stat"], file["hash"]) for file in before.files} if before else {}
     hashed = tuple(_hashed(file, known, data.on_bad_row == "skip") for file in files)

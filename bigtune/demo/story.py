@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 
 from bigtune import api
-from bigtune.config import Run, load_run
+from bigtune.config import Run
 from bigtune.demo.tasks import instruction_rows
 from bigtune.demo.tokenizer import train_tokenizer
 from bigtune.demo.world import pretraining_texts
@@ -26,6 +26,7 @@ from bigtune.errors import LaunchError
 from bigtune.evaluate.report import Report, render_comparison
 from bigtune.launch.local import gpus
 from bigtune.model.create import create_llama
+from bigtune.runfile import load_run
 
 RANKS = 2
 PRETRAIN: dict[str, Any] = {

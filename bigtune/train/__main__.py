@@ -14,10 +14,11 @@ BEGAN = time.monotonic()
 import click  # noqa: E402
 from filelock import FileLock, Timeout  # noqa: E402
 
-from bigtune.config import Run, load_run  # noqa: E402
+from bigtune.config import Run  # noqa: E402
 from bigtune.dist import CHILD, World  # noqa: E402
 from bigtune.errors import BigtuneError, LaunchError  # noqa: E402
 from bigtune.process import end_with_parent  # noqa: E402
+from bigtune.runfile import load_run  # noqa: E402
 from bigtune.train.console import WorkerConsole  # noqa: E402
 from bigtune.train.cores import bind  # noqa: E402
 from bigtune.train.signals import StopRequest  # noqa: E402

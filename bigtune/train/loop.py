@@ -22,6 +22,7 @@ from bigtune.data.stream import RowStream, steps_of
 from bigtune.dist import World
 from bigtune.errors import CheckpointError, DataError
 from bigtune.model.load import read_config
+from bigtune.runfile import to_yaml
 from bigtune.train.console import WorkerConsole
 from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine
@@ -119,7 +120,7 @@ def _settle(run: Run, precision: str, rows: Rows, world: World) -> dict[str, Any
     check_fit(model_config, rows)
     ds_config = complete(read_preset(run.deepspeed), run, precision, model_config.hidden_size)
     if world.is_main:
-        (run.output / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+        (run.output / "run.yaml").write_text(to_yaml(run), encoding="utf-8")
         (run.output / "deepspeed.json").write_text(to_json(ds_config), encoding="utf-8")
     return ds_config
 

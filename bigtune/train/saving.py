@@ -11,6 +11,7 @@ from bigtune.config import Run
 from bigtune.data.rows import Position, Rows
 from bigtune.dist import World
 from bigtune.model.load import companion_files
+from bigtune.runfile import to_yaml
 from bigtune.train.engine import Engine
 from bigtune.train.metrics import MetricsLog
 from bigtune.train.state import collect
@@ -87,7 +88,7 @@ class Saver:
             "fingerprint": self.rows.fingerprint,
             "documents": self.rows.documents,
         }
-        return {"trainer.json": to_json(trainer), "data.json": to_json(data), "run.yaml": self.run.to_yaml()}
+        return {"trainer.json": to_json(trainer), "data.json": to_json(data), "run.yaml": to_yaml(self.run)}
 
     def _read_model_files(self) -> Mapping[str, bytes]:
         """What makes a model of the weights; with the chat template that was learnt, where that is another one."""

@@ -7,6 +7,7 @@ from typing import Any
 from bigtune.checkpoint.layout import latest, read_json, step_folder
 from bigtune.config import Run
 from bigtune.errors import CheckpointError, ConfigError
+from bigtune.runfile import load_run
 
 MAY_CHANGE = (
     "train.steps", "train.epochs", "train.micro_batch", "checkpoint", "evaluate", "output",
@@ -52,8 +53,6 @@ def documents_of(checkpoint: Path | None) -> str | None:
 
 
 def _check_same_run(run: Run, folder: Path, may_change: Sequence[str]) -> None:
-    from bigtune.config import load_run
-
     before = dict(_leaves(load_run(folder / "run.yaml").model_dump(mode="json")))
     now = dict(_leaves(run.model_dump(mode="json")))
     changed = [

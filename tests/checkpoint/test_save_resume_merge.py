@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from bigtune.checkpoint.layout import Layout
 from bigtune.checkpoint.merge import merge, parse_size
-from bigtune.config import Run, load_run
+from bigtune.config import Run
 from bigtune.data.prepare import prepare
 from bigtune.errors import CheckpointError
+from bigtune.runfile import load_run
 from bigtune.train.start import find_start
 from tests.disk import resize, small_disk
 from tests.distributed import run_distributed

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from bigtune.config import Data, TrainingSource, resolve
+from bigtune.config import Data, TrainingSource
 from bigtune.data import live
 from bigtune.data.live import LiveRows
 from bigtune.data.pool import open_pool
@@ -24,6 +24,7 @@ from bigtune.data.recipe import Recipe
 from bigtune.data.rows import Position, Row
 from bigtune.data.window import make_window
 from bigtune.errors import BigtuneError, ConfigError, DataError
+from bigtune.runfile import resolve
 
 
 def texts(count: int, start: int = 0) -> list[dict[str, str]]:

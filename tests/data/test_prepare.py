@@ -26,7 +26,7 @@ from bigtune.data.manifest import Manifest
 from bigtune.data.parts import make_part
 from bigtune.data.prepare import prepare
 from bigtune.data.store import PARTS, REMOVED, Store
-from bigtune.errors import ConfigError, DataError, ModelError
+from bigtune.errors import DataError, ModelError
 from tests.disk import resize, small_disk
 
 WriteRows = Callable[[Iterable[Mapping[str, Any]]], Path]
@@ -360,8 +360,6 @@ def test_training_rows_that_overlap_held_out_rows_are_removed(model_path: Path, 
     clean = Clean(decontaminate=8)
     made = prepare(data(path, clean=clean), model_path, tmp_path / "s", held_out=(Source(path=held_out),))
     assert made.removed == {"overlaps held-out rows": 1} and removed(tmp_path / "s")[0]["row"] == 11
-    with pytest.raises(ConfigError, match=r"compares with held-out rows: give evaluate.sources or data.holdout"):
-        prepare(data(path, clean=clean), model_path, tmp_path / "s")
     inside = prepare(data(path, clean=clean, holdout=0.3), model_path, tmp_path / "s")
     assert inside.held_out > 0 and "overlaps held-out rows" in inside.removed
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bigtune.config import Run, resolve
+from bigtune.config import Run
+from bigtune.runfile import resolve
 from tests.tiny import tiny_tokenizer
 
 END = "<|end|>"

@@ -15,6 +15,7 @@ from bigtune.data.store import REMOVED
 from bigtune.errors import DataError
 from bigtune.report.inspection import Inspection, Sample
 from bigtune.report.samples import draw
+from bigtune.runfile import to_yaml
 from tests.report.conftest import END, MakeRun, questions, write
 
 
@@ -224,7 +225,7 @@ def test_a_stream_with_next_to_nothing_supervised_is_shown(make_run: MakeRun, tm
 
 def run_file(run: Run, folder: Path) -> str:
     path = folder / "run.yaml"
-    path.write_text(run.to_yaml(), encoding="utf-8")
+    path.write_text(to_yaml(run), encoding="utf-8")
     return str(path)
 
 

@@ -12,6 +12,7 @@ from bigtune.cli import main
 from bigtune.errors import ConfigError
 from bigtune.report.inspection import Inspection
 from bigtune.report.page import render_page, write_page
+from bigtune.runfile import to_yaml
 from tests.report.conftest import END, MakeRun, questions, write
 
 VOID = {"meta", "br"}
@@ -103,7 +104,7 @@ def test_a_refused_run_a_stream_and_no_samples_make_a_page_too(make_run: MakeRun
 
 def test_the_command_writes_the_page_into_a_folder_that_it_makes(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(write(tmp_path / "a.jsonl", questions(12)))
-    (tmp_path / "run.yaml").write_text(run.to_yaml())
+    (tmp_path / "run.yaml").write_text(to_yaml(run))
     target = tmp_path / "deep" / "er" / "page.html"
     done = CliRunner().invoke(main, ["inspect", str(tmp_path / "run.yaml"), "--html", str(target)])
     assert done.exit_code == 0 and done.stdout == f"{target}\n"

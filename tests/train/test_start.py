@@ -8,6 +8,7 @@ import pytest
 from bigtune.checkpoint.layout import Layout
 from bigtune.config import Run
 from bigtune.errors import CheckpointError, ConfigError
+from bigtune.runfile import to_yaml
 from bigtune.train.start import find_start
 from tests.tiny import tiny_run
 
@@ -17,7 +18,7 @@ def saved(run: Run, step: int) -> Path:
     folder = run.output / "checkpoints" / f"step-{step}"
     folder.mkdir(parents=True)
     Layout(1, "float32", (), {}).write(folder)
-    (folder / "run.yaml").write_text(run.to_yaml(), encoding="utf-8")
+    (folder / "run.yaml").write_text(to_yaml(run), encoding="utf-8")
     (folder.parent / "latest").write_text(folder.name + "\n")
     return folder
 
