@@ -74,7 +74,7 @@ def build_items(
         pool = read_conversations(evaluate.shots_from or data.sources, data.on_bad_row)
         known = pool if evaluate.shots_from else (row for row in pool if row.content_hash >= below)
         dialogues = with_examples(rows, known, evaluate.shots, seed)
-    encoded = encode(dialogues, evaluate.prompt, tokenizer, data.chat_template)
+    encoded = encode(dialogues, evaluate.prompt, tokenizer, data.chat_template, data.special_tokens)
     return [
         Item(_said(row), row.messages[-1].content, prompt, answer, row.task, row.tags, row.where)
         for row, (prompt, answer) in zip(rows, encoded, strict=True)
@@ -121,8 +121,11 @@ def encode(
     prompt: Literal["chat", "plain"],
     tokenizer: Any,
     chat_template: str | None = None,
+    special_tokens: Literal["text", "parse"] = "text",
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, answer ids) of each dialogue, whose last message is the reference answer.
+
+    Template and special tokens are those of `data`: the model is asked as training saw it.
 
     Raises:
         ConfigError: there is no such chat template.
@@ -132,8 +135,8 @@ def encode(
     if prompt == "plain":
         if not tokenizer.is_fast:
             raise ModelError(f"{tokenizer.name_or_path}: bigtune needs a fast tokenizer; convert it to tokenizer.json")
-        return [_encode_plain(dialogue, tokenizer) for dialogue in dialogues]
-    chat = ChatFormat.of(tokenizer, chat_template, supervise="last")
+        return [_encode_plain(dialogue, tokenizer, special_tokens) for dialogue in dialogues]
+    chat = ChatFormat.of(tokenizer, chat_template, "last", special_tokens)
     # What a row says of its part in the loss is meant for training.
     asked = [replace(row, messages=tuple(replace(turn, weight=None) for turn in row.messages)) for row in dialogues]
     pairs = []
@@ -158,13 +161,18 @@ def plain_text(messages: Iterable[Message]) -> str:
     )
 
 
-def _encode_plain(dialogue: Conversation, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _encode_plain(
+    dialogue: Conversation, tokenizer: Any, special_tokens: Literal["text", "parse"]
+) -> tuple[list[int], list[int]]:
     text = plain_text(dialogue.messages)
     start = len(plain_text(dialogue.messages[:-1])) + len("Answer:")
     # Encoded as one text with something after it, so that the answer's borders are cut into tokens as
     # those of the examples are: many tokenizers take line ends at the end of a text together.
     coded = tokenizer(
-        text + dialogue.messages[0].content.strip(), return_offsets_mapping=True, add_special_tokens=False
+        text + dialogue.messages[0].content.strip(),
+        return_offsets_mapping=True,
+        add_special_tokens=False,
+        split_special_tokens=special_tokens == "text",
     )
     ids, ends = coded["input_ids"], [end for _, end in coded["offset_mapping"]]
     first = next(at for at, end in enumerate(ends) if end > start)
@@ -182,18 +190,14 @@ def _closed(answer: str) -> str:
 def _until_answer(row: Conversation) -> Conversation | None:
     """The row up to its last assistant turn; None where there is none, or nothing before it."""
     last = max((at for at, turn in enumerate(row.messages) if turn.role == "assistant"), default=0)
-    return _with_messages(row, row.messages[: last + 1]) if last else None
+    return replace(row, messages=row.messages[: last + 1]) if last else None
 
 
 def _joined(examples: Iterable[Conversation], row: Conversation) -> Conversation:
-    """Examples as earlier turns. Only the question's own system turn stays: templates want one, and first."""
+    """Examples as earlier turns. Only the question's own system turn and tools stay: templates want one, and first."""
     system = tuple(turn for turn in row.messages[:1] if turn.role == "system")
     earlier = tuple(turn for example in examples for turn in example.messages if turn.role != "system")
-    return _with_messages(row, system + earlier + row.messages[len(system) :])
-
-
-def _with_messages(row: Conversation, messages: tuple[Message, ...]) -> Conversation:
-    return Conversation(messages, row.path, row.row, task=row.task, tags=row.tags)
+    return replace(row, messages=system + earlier + row.messages[len(system) :])
 
 
 def _said(row: Conversation) -> str:
