@@ -210,6 +210,7 @@ def _manifest(
         removed=dict(choice.counts),
         held_out=choice.held_out,
         held_out_below=choice.held_out_below,
+        holdout=data.holdout,
         split_rows=sum(counts.split_rows for counts in parts),
         duplicate_ids=choice.duplicate_ids,
         ignored_files=list(inputs.ignored),

@@ -108,6 +108,7 @@ class Manifest:
     removed: dict[str, int] = field(default_factory=dict)  # good rows that are not trained on
     held_out: int = 0  # rows kept for evaluation
     held_out_below: int = 0  # rows whose content hash is lower are held out
+    holdout: float | int | None = None  # data.holdout, which gave that bound
     split_rows: int = 0
     duplicate_ids: int = 0
     ignored_files: list[str] = field(default_factory=list)
