@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bigtune import api
 from bigtune.config import Data, Evaluate
 from bigtune.errors import DataError, ModelError
 from bigtune.evaluate.report import Report, render, render_comparison
 from bigtune.evaluate.run import evaluate
+from tests.tiny import tiny_run
 
 Write = Callable[..., Path]
 
@@ -131,3 +133,15 @@ def test_rows_that_cannot_be_read_are_counted_where_they_are_skipped(model_folde
     data = Data.model_validate({"sources": [{"path": path}], "on_bad_row": "skip"})
     report = evaluate(section, data, model_folder, 0)
     assert (report.overall.rows, report.rows_unusable) == (3, 1)
+
+
+def test_documents_need_not_be_prepared_where_no_training_row_is_read(
+    model_folder: Path, write: Write, tmp_path: Path
+) -> None:
+    asked = write("t.jsonl", [{**row, "question": f"{row['question']}?"} for row in ROWS])
+    section = {"sources": [{"path": str(asked)}], "max_new_tokens": 2, "shots": 1}
+    shots = {"shots_from": [{"path": str(write("shots.jsonl", ROWS))}]}
+    report = api.evaluate(tiny_run(tmp_path, data__holdout=5, evaluate={**section, **shots}), model_folder)
+    assert report.overall.rows == 3
+    with pytest.raises(DataError, match="no prepared documents here"):
+        api.evaluate(tiny_run(tmp_path, data__holdout=5, evaluate=section), model_folder)
