@@ -28,7 +28,7 @@ from bigtune.data.inputs import InputFile, Inputs, inputs_of, part_key
 from bigtune.data.parts import make_part
 from bigtune.data.pool import Pool, open_pool, result_of
 from bigtune.data.recipe import Recipe
-from bigtune.data.sources import UnreadableFile
+from bigtune.data.sources import UNREADABLE, UnreadableFile
 from bigtune.data.store import (
     PARTS,
     Columns,
@@ -44,8 +44,6 @@ from bigtune.errors import DataError
 
 SMALL_BYTES = 2**20
 """Sources that are smaller together are tokenised in this process, before another one would have started."""
-
-UNREADABLE = "unreadable file"
 
 Progress = Callable[[int, int | None], None]
 

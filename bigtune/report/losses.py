@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bigtune.data.pieces import Pieces
-from bigtune.data.prepare import UNREADABLE
+from bigtune.data.sources import UNREADABLE
 from bigtune.data.store import REMOVED, Manifest, Store
 from bigtune.errors import DataError
 from bigtune.report.inspection import Example, Loss
