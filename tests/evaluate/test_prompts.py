@@ -7,9 +7,9 @@ import pytest
 from bigtune.config import Data, Evaluate
 from bigtune.data.chat import ChatFormat
 from bigtune.data.conversation import Message
-from bigtune.data.formats import read_conversations
+from bigtune.data.formats import ReadCounts, read_conversations
 from bigtune.errors import DataError
-from bigtune.evaluate.prompts import Item, build_items, encode
+from bigtune.evaluate.prompts import Item, build_items, encoder
 
 Write = Callable[..., Path]
 
@@ -130,7 +130,9 @@ def test_text_in_an_answer_that_spans_tokens_is_kept_whole(tokenizer: Any) -> No
     from bigtune.data.conversation import Conversation
 
     turns = (Message("user", "Naïve?"), Message("assistant", "é🙂"))
-    ((prompt, answer),) = encode([Conversation(turns, "x", 1)], "plain", tokenizer)
+    [pair] = encoder("plain", tokenizer)([Conversation(turns, "x", 1)])
+    assert isinstance(pair, tuple)
+    prompt, answer = pair
     assert tokenizer.decode(prompt) == "Naïve?\nAnswer:"
     assert tokenizer.decode(answer) == " é🙂\n\n"
 
@@ -197,3 +199,57 @@ def test_a_plain_prompt_takes_spelled_special_tokens_as_the_run_file_says(
     (item,) = build_items(evaluate, data, tokenizer, seed=0)
     assert tokenizer.decode(item.answer_ids) == " 7 </s>\n\n"
     assert (tokenizer.eos_token_id in item.answer_ids) == (special_tokens == "parse")
+
+
+def skipping(*paths: Path, **settings: Any) -> Data:
+    """With bigtune's plain template, which has no place for tools and so refuses rows with them."""
+    sources = [{"path": path} for path in paths]
+    return Data.model_validate({"sources": sources, "chat_template": "plain", "on_bad_row": "skip", **settings})
+
+
+def test_rows_that_cannot_be_asked_are_named_or_counted(tokenizer: Any, write: Write) -> None:
+    path = write("rows.jsonl", [*rows_of("sums", 2), TOOL_ROW, {"text": "Only text."}])
+    data, evaluate, counts = skipping(path), Evaluate.model_validate({"sources": [{"path": path}]}), ReadCounts()
+    assert [item.question for item in build_items(evaluate, data, tokenizer, 0, counts)] == [
+        "sums question 0?",
+        "sums question 1?",
+    ]
+    assert counts.skipped == {
+        "an evaluation row needs a question and an assistant's answer to it": 1,
+        "refused by the chat template": 1,
+    }
+    path = write("rows.jsonl", [*rows_of("sums", 2), TOOL_ROW])
+    with pytest.raises(DataError, match=r"rows.jsonl, row 3: refused .*tools.*set data.on_bad_row: skip$") as caught:
+        build_items(evaluate, skipping(path, on_bad_row="error"), tokenizer, 0)
+    assert str(caught.value).count("row 3") == 1
+    write("rows.jsonl", [TOOL_ROW])
+    with pytest.raises(DataError, match=r"no row to evaluate on is left \(1 × refused by the chat template\)$"):
+        build_items(evaluate, data, tokenizer, 0)
+
+
+WITHOUT_TOOL_TURNS = (
+    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tool turns') }}{% endif %}"
+    "{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' else '\n' }}{% endfor %}"
+)
+
+
+def test_an_example_that_the_template_refuses_does_not_spoil_the_questions(
+    tokenizer: Any, write: Write, tmp_path: Path
+) -> None:
+    def talk(*said: str) -> dict[str, Any]:
+        roles = ["user", "assistant", "tool", "assistant"]
+        return {"messages": [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]}
+
+    template = tmp_path / "no_tools.jinja"
+    template.write_text(WITHOUT_TOOL_TURNS)
+    train = [talk(f"Bad {i}?", "I count.", "7", "Seven.") for i in range(20)] + [
+        talk(f"Fine {i}?", "Yes.") for i in range(4)
+    ]
+    sources = [{"path": write("test.jsonl", [{"question": "Q?", "answer": "A"}])}]
+    evaluate = Evaluate.model_validate({"sources": sources, "shots": 3})
+    data = skipping(write("train.jsonl", train), chat_template=str(template))
+    (item,) = build_items(evaluate, data, tokenizer, 0)
+    text = tokenizer.decode(item.prompt_ids)
+    assert text.count("Fine") == 3 and "Bad" not in text
+    with pytest.raises(DataError, match="no tool turns"):
+        build_items(evaluate, data.model_copy(update={"on_bad_row": "error"}), tokenizer, 0)
