@@ -122,7 +122,7 @@ def evaluate(run: Run, model: Path) -> "Report":
 
     if run.evaluate is None:
         raise ConfigError("the run file has no evaluate section; add evaluate: {sources: [{path: …}]}")
-    asks_for_training_rows = run.evaluate.sources is None or run.evaluate.shots
+    asks_for_training_rows = run.evaluate.sources is None or (run.evaluate.shots and run.evaluate.shots_from is None)
     below = bound_of(run.data, run.store) if asks_for_training_rows else 0
     with bar("evaluate") as shown:
         return stage.evaluate(

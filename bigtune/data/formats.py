@@ -11,7 +11,7 @@ from bigtune.config import Source
 from bigtune.data.conversation import Conversation, Message
 from bigtune.data.dialogue import ROLES, check_turns, message_of
 from bigtune.data.files import read_chunks, rows_of
-from bigtune.data.sources import TURN_KEYS, resolve_sources
+from bigtune.data.sources import TURN_KEYS, UNREADABLE, SourceFile, UnreadableFile, resolve_sources
 from bigtune.data.values import (
     BadRow,
     check_plain,
@@ -44,7 +44,7 @@ Turns = tuple[Message, ...]
 
 @dataclass
 class ReadCounts:
-    """What was read: rows in all, and those left out, by reason."""
+    """What was read: rows in all, and those left out, by reason; a file that cannot be read counts as one."""
 
     rows: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -58,23 +58,37 @@ def read_conversations(
 ) -> Iterator[Conversation]:
     """The conversations of all sources, in their order, read as they are asked for.
 
+    A file that turns out to be unreadable, and is skipped, may have given rows before.
+
     Raises:
-        DataError: a file cannot be read, or, unless bad rows are skipped, a row cannot be used.
+        DataError: there is no such source, or, unless bad rows are skipped, a file cannot be read or a row cannot be
+            used.
     """
     counts = counts if counts is not None else ReadCounts()
     files, _ = resolve_sources(sources)
     for file in files:
-        for chunk in read_chunks(file, CHUNK_BYTES):
-            for row, value in rows_of(chunk):
-                counts.rows += 1
-                try:
-                    conversations = conversations_of(value, file.path, row, sources[file.source])
-                except BadRow as bad:
-                    if on_bad_row == "error":
-                        raise bad_row_error(file.path, row, bad) from None
-                    counts.skip(bad.reason)
-                else:
-                    yield from conversations
+        try:
+            yield from _read_file(file, sources[file.source], on_bad_row, counts)
+        except UnreadableFile:
+            if on_bad_row == "error":
+                raise
+            counts.skip(UNREADABLE)
+
+
+def _read_file(
+    file: SourceFile, source: Source, on_bad_row: Literal["error", "skip"], counts: ReadCounts
+) -> Iterator[Conversation]:
+    for chunk in read_chunks(file, CHUNK_BYTES):
+        for row, value in rows_of(chunk):
+            counts.rows += 1
+            try:
+                conversations = conversations_of(value, file.path, row, source)
+            except BadRow as bad:
+                if on_bad_row == "error":
+                    raise bad_row_error(file.path, row, bad) from None
+                counts.skip(bad.reason)
+            else:
+                yield from conversations
 
 
 def bad_row_error(path: str, row: int, told: object) -> DataError:

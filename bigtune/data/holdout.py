@@ -14,6 +14,7 @@ from bigtune.config import Data
 from bigtune.data.conversation import Conversation
 from bigtune.data.formats import ReadCounts, read_conversations
 from bigtune.data.manifest import read_manifest
+from bigtune.errors import DataError
 
 
 def bound(holdout: float | int | None, content: npt.NDArray[np.uint64]) -> int:
@@ -30,10 +31,16 @@ def bound_of(data: Data, store: Path) -> int:
     """The bound of a run.
 
     Raises:
-        DataError: a number of rows is held out and the documents are not prepared, which finds it.
+        DataError: a number of rows is held out and the documents are not prepared with it, which finds the bound.
     """
     if isinstance(data.holdout, int):
-        return read_manifest(store).held_out_below
+        manifest = read_manifest(store)
+        if manifest.holdout != data.holdout:
+            raise DataError(
+                f"{store}: prepared with another data.holdout ({manifest.holdout}, and now {data.holdout}); "
+                "run `bigtune prepare RUN.yaml`"
+            )
+        return manifest.held_out_below
     return bound(data.holdout, np.empty(0, np.uint64))
 
 

@@ -58,8 +58,8 @@ def scores_by(samples: Sequence[Sample], names: Callable[[Sample], Sequence[str]
 class Report:
     """How one model did.
 
-    Counted here and nowhere else: `rows_unusable` of the sources, skipped because the run file says so, and
-    `rows_too_long` for the model's context.
+    Counted here and nowhere else: `rows_unusable` of the sources, skipped because the run file says so, in all and by
+    reason, and `rows_too_long` for the model's context.
     """
 
     model: str
@@ -72,6 +72,7 @@ class Report:
     seconds: float
     generated_tokens_per_second: float
     rows_unusable: int
+    unusable_by_reason: Mapping[str, int]
     rows_too_long: int
     overall: Score
     by_task: Mapping[str, Score]
@@ -140,6 +141,7 @@ def _asked(report: Report) -> str:
 
 
 def _left_out(report: Report) -> str | None:
-    counts = {"unusable": report.rows_unusable, "too long for the model's context": report.rows_too_long}
+    reasons = ", ".join(f"{count} × {reason}" for reason, count in report.unusable_by_reason.items())
+    counts = {f"unusable ({reasons})": report.rows_unusable, "too long for the model's context": report.rows_too_long}
     said = ", ".join(f"{count} {why}" for why, count in counts.items() if count)
     return f"rows left out: {said}" if said else None

@@ -34,13 +34,15 @@ def evaluate(
     """Score a Hugging Face model folder on held-out rows: loss of the answers, and exact match.
 
     A row whose prompt and answer (the reference, or `max_new_tokens`) exceed the model's context is left out
-    of every score and counted in the report. `dtype` is float32 or bfloat16; by default bfloat16 on CUDA and
-    float32 elsewhere. Rows of `data.sources` with a content hash lower than `below` are held out from training, and
-    are the questions where `evaluate` names none. `progress(stage, done, total)` is called with the
-    stages `loss` and `generate`.
+    of every score and counted in the report, and so is one that cannot be used where `data.on_bad_row` is skip.
+    `dtype` is float32 or bfloat16; by default bfloat16 on CUDA and float32 elsewhere. Rows of `data.sources` with
+    a content hash lower than `below` are held out from training, and are the questions where `evaluate` names none.
+    `progress(stage, done, total)` is called with the stages `loss` and `generate`.
 
     Raises:
-        DataError: a source is wrong or empty, there are too few examples, or no row fits the context.
+        ConfigError: there is no such chat template.
+        DataError: a source is wrong or empty, a row cannot be used, there are too few examples, or no row fits the
+            context.
         ModelError: the folder is missing, is no Hugging Face model, or does not fit its tokenizer.
     """
     started = time.perf_counter()
@@ -80,6 +82,7 @@ def evaluate(
         seconds=now - started,
         generated_tokens_per_second=sum(output.tokens for output in outputs) / (now - generating),
         rows_unusable=sum(counts.skipped.values()),
+        unusable_by_reason=counts.skipped,
         rows_too_long=len(items) - len(asked),
         overall=Score.of(samples),
         by_task=scores_by(samples, lambda sample: (sample.task,) if sample.task else ()),

@@ -1,5 +1,6 @@
 """A user brings files as they are found; each row becomes a conversation or one clear complaint."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -101,6 +102,17 @@ def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path: Path, line: str, co
     assert counts.rows == 3 and list(counts.skipped.values()) == [1]
 
 
+def test_a_file_that_cannot_be_read_is_named_or_counted_and_the_others_are_read(tmp_path: Path) -> None:
+    written(tmp_path / "a.jsonl", {"text": "first"})
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "lost"}')[:-12])
+    written(tmp_path / "c.jsonl", {"text": "last"})
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz: damaged or cut off"):
+        read(tmp_path / "*.jsonl*")
+    counts = ReadCounts()
+    assert [c.text for c in read(tmp_path / "*.jsonl*", "skip", counts)] == ["first", "last"]
+    assert counts.rows == 2 and counts.skipped == {"unreadable file": 1}
+
+
 def test_bytes_that_are_not_utf8_are_a_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n')
@@ -117,9 +129,12 @@ def test_a_missing_file_is_named_in_full(tmp_path: Path, monkeypatch: pytest.Mon
         read(tmp_path)
 
 
-def test_a_cut_off_array_is_an_error_even_where_rows_are_skipped(tmp_path: Path) -> None:
+def test_a_cut_off_array_is_an_unreadable_file(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.json", '[{"text": "a"},')
     with pytest.raises(DataError, match="neither JSONL nor a whole JSON array"):
-        read(written(tmp_path / "a.json", '[{"text": "a"},'), "skip")
+        read(path)
+    counts = ReadCounts()
+    assert read(path, "skip", counts) == [] and counts.skipped == {"unreadable file": 1}
 
 
 def conversations(row: Any, **source: Any) -> list[Conversation]:

@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 from collections.abc import Callable
@@ -8,10 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bigtune import api
 from bigtune.config import Data, Evaluate
 from bigtune.errors import DataError, ModelError
 from bigtune.evaluate.report import Report, render, render_comparison
 from bigtune.evaluate.run import evaluate
+from tests.tiny import tiny_run
 
 Write = Callable[..., Path]
 
@@ -73,10 +76,11 @@ def test_two_models_stand_side_by_side(model_folder: Path, write: Write) -> None
 
 
 def test_rows_too_long_for_the_context_are_left_out_and_counted(model_folder: Path, write: Write) -> None:
-    path = write("t.jsonl", [*ROWS, {"question": "long " * 300, "answer": "7"}])
+    long = [{"question": "long " * 300, "answer": "7"}, {"question": "how many", "answer": "long " * 300}]
+    path = write("t.jsonl", [*ROWS, *long])
     report = report_of(model_folder, path)
-    assert (report.overall.rows, report.rows_too_long) == (3, 1)
-    assert "1 too long" in shown(render(report))
+    assert (report.overall.rows, report.rows_too_long, report.rows_unusable) == (3, 2, 0)
+    assert "2 too long" in shown(render(report))
     with pytest.raises(DataError, match=r"no row fits.*max_new_tokens \(500\), and the model's context is 256"):
         report_of(model_folder, path, max_new_tokens=500)
 
@@ -125,9 +129,30 @@ def test_a_report_of_a_broken_model_is_still_json(model_folder: Path, write: Wri
     assert json.loads(json.dumps(broken.to_json(), allow_nan=False))["overall"]["held_out_loss"] is None
 
 
-def test_rows_that_cannot_be_read_are_counted_where_they_are_skipped(model_folder: Path, write: Write) -> None:
-    path = write("t.jsonl", [*ROWS, {"question": "no answer"}])
-    section = Evaluate.model_validate({"sources": [{"path": path}], "max_new_tokens": 2})
-    data = Data.model_validate({"sources": [{"path": path}], "on_bad_row": "skip"})
-    report = evaluate(section, data, model_folder, 0)
-    assert (report.overall.rows, report.rows_unusable) == (3, 1)
+def test_what_cannot_be_used_is_counted_where_it_is_skipped(model_folder: Path, write: Write, tmp_path: Path) -> None:
+    # The plain template has no place for tools, and refuses such a row.
+    write("a.jsonl", [ROWS[0], {"question": "no answer"}, {**ROWS[1], "tools": [{"name": "count"}]}, *ROWS[1:]])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"{}")[:-8])
+    section = Evaluate.model_validate({"max_new_tokens": 2})
+    data = Data.model_validate({"sources": [{"path": tmp_path}], "on_bad_row": "skip", "holdout": 0.5})
+    report = evaluate(section, data, model_folder, 0, below=2**64)
+    assert report.unusable_by_reason == {
+        "unknown format": 1,
+        "unreadable file": 1,
+        "refused by the chat template": 1,
+    }
+    assert (report.overall.rows, report.rows_unusable) == (3, 3)
+    said = " ".join(shown(render(report)).split())
+    assert "3 unusable (1 × unknown format, 1 × unreadable file, 1 × refused by the chat template)" in said
+
+
+def test_documents_need_not_be_prepared_where_no_training_row_is_read(
+    model_folder: Path, write: Write, tmp_path: Path
+) -> None:
+    asked = write("t.jsonl", [{**row, "question": f"{row['question']}?"} for row in ROWS])
+    section = {"sources": [{"path": str(asked)}], "max_new_tokens": 2, "shots": 1}
+    shots = {"shots_from": [{"path": str(write("shots.jsonl", ROWS))}]}
+    report = api.evaluate(tiny_run(tmp_path, data__holdout=5, evaluate={**section, **shots}), model_folder)
+    assert report.overall.rows == 3
+    with pytest.raises(DataError, match="no prepared documents here"):
+        api.evaluate(tiny_run(tmp_path, data__holdout=5, evaluate=section), model_folder)

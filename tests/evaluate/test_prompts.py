@@ -7,8 +7,9 @@ import pytest
 from bigtune.config import Data, Evaluate
 from bigtune.data.chat import ChatFormat
 from bigtune.data.conversation import Message
+from bigtune.data.formats import ReadCounts, read_conversations
 from bigtune.errors import DataError
-from bigtune.evaluate.prompts import Item, build_items, encode
+from bigtune.evaluate.prompts import Item, build_items, encoder
 
 Write = Callable[..., Path]
 
@@ -129,6 +130,126 @@ def test_text_in_an_answer_that_spans_tokens_is_kept_whole(tokenizer: Any) -> No
     from bigtune.data.conversation import Conversation
 
     turns = (Message("user", "Naïve?"), Message("assistant", "é🙂"))
-    ((prompt, answer),) = encode([Conversation(turns, "x", 1)], "plain", tokenizer)
+    [pair] = encoder("plain", tokenizer)([Conversation(turns, "x", 1)])
+    assert isinstance(pair, tuple)
+    prompt, answer = pair
     assert tokenizer.decode(prompt) == "Naïve?\nAnswer:"
     assert tokenizer.decode(answer) == " é🙂\n\n"
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+TOOL_ROW = {
+    "messages": [{"role": "user", "content": "How many eggs?"}, {"role": "assistant", "content": "12"}],
+    "tools": [{"type": "function", "function": {"name": "count_eggs"}}],
+}
+
+
+@pytest.mark.parametrize("special_tokens", ["text", "parse"])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_what_is_asked_and_answered_is_the_document_of_training(
+    tokenizer: Any, write: Write, tmp_path: Path, special_tokens: str, renamed: bool
+) -> None:
+    """Everything of `data` that decides on token ids: tools, template, special tokens, fields and roles."""
+    template = tmp_path / "tools.jinja"
+    template.write_text(TOOL_TEMPLATE)
+    naming: dict[str, Any] = {}
+    said = [("user", "Is <s> text?"), ("assistant", "12")]
+    row: dict[str, Any] = {**TOOL_ROW, "messages": [{"role": role, "content": content} for role, content in said]}
+    if renamed:
+        row = {"talk": [{"role": f"my {turn['role']}", "content": turn["content"]} for turn in row["messages"]]}
+        naming = {"fields": {"messages": "talk"}, "roles": {"my user": "user", "my assistant": "assistant"}}
+    path = write("rows.jsonl", [row])
+    source = {"path": path, **naming}
+    data = Data.model_validate(
+        {"sources": [source], "holdout": 0.5, "chat_template": str(template), "special_tokens": special_tokens}
+    )
+    chat = ChatFormat.of(tokenizer, str(template), data.supervise, data.special_tokens)
+    ((document,),) = chat.encode(list(read_conversations(data.sources, "error")))  # type: ignore[misc]
+    for sources in ([source], None):
+        evaluate = Evaluate.model_validate({"sources": sources})
+        (item,) = build_items(evaluate, data, tokenizer, seed=0, below=2**64)
+        end = int(document.spans[-1, 1])
+        assert [*item.prompt_ids, *item.answer_ids] == document.input_ids[:end].tolist()
+        assert (tokenizer.bos_token_id in item.prompt_ids) == (special_tokens == "parse")
+        assert ("TOOLS" in tokenizer.decode(item.prompt_ids)) != renamed
+
+
+def test_the_tools_of_a_question_stand_before_its_examples(tokenizer: Any, write: Write, tmp_path: Path) -> None:
+    template = tmp_path / "tools.jinja"
+    template.write_text(TOOL_TEMPLATE)
+    test, train = write("test.jsonl", [TOOL_ROW]), write("train.jsonl", rows_of("sums", 1))
+    data = Data.model_validate({"sources": [{"path": train}], "chat_template": str(template)})
+    evaluate = Evaluate.model_validate({"sources": [{"path": test}], "shots": 1})
+    (item,) = build_items(evaluate, data, tokenizer, seed=0)
+    assert tokenizer.decode(item.prompt_ids).startswith("TOOLS") and "sums" in tokenizer.decode(item.prompt_ids)
+
+
+@pytest.mark.parametrize("special_tokens", ["text", "parse"])
+def test_a_plain_prompt_takes_spelled_special_tokens_as_the_run_file_says(
+    tokenizer: Any, write: Write, special_tokens: str
+) -> None:
+    path = write("rows.jsonl", [{"question": "How many?", "answer": "7 </s>"}])
+    data = Data.model_validate({"sources": [{"path": path}], "special_tokens": special_tokens})
+    evaluate = Evaluate.model_validate({"sources": [{"path": path}], "prompt": "plain"})
+    (item,) = build_items(evaluate, data, tokenizer, seed=0)
+    assert tokenizer.decode(item.answer_ids) == " 7 </s>\n\n"
+    assert (tokenizer.eos_token_id in item.answer_ids) == (special_tokens == "parse")
+
+
+def skipping(*paths: Path, **settings: Any) -> Data:
+    """With bigtune's plain template, which has no place for tools and so refuses rows with them."""
+    sources = [{"path": path} for path in paths]
+    return Data.model_validate({"sources": sources, "chat_template": "plain", "on_bad_row": "skip", **settings})
+
+
+def test_rows_that_cannot_be_asked_are_named_or_counted(tokenizer: Any, write: Write) -> None:
+    path = write("rows.jsonl", [*rows_of("sums", 2), TOOL_ROW, {"text": "Only text."}])
+    data, evaluate, counts = skipping(path), Evaluate.model_validate({"sources": [{"path": path}]}), ReadCounts()
+    assert [item.question for item in build_items(evaluate, data, tokenizer, 0, counts)] == [
+        "sums question 0?",
+        "sums question 1?",
+    ]
+    assert counts.skipped == {
+        "an evaluation row needs a question and an assistant's answer to it": 1,
+        "refused by the chat template": 1,
+    }
+    path = write("rows.jsonl", [*rows_of("sums", 2), TOOL_ROW])
+    with pytest.raises(DataError, match=r"rows.jsonl, row 3: refused .*tools.*set data.on_bad_row: skip$") as caught:
+        build_items(evaluate, skipping(path, on_bad_row="error"), tokenizer, 0)
+    assert str(caught.value).count("row 3") == 1
+    write("rows.jsonl", [TOOL_ROW])
+    with pytest.raises(DataError, match=r"no row to evaluate on is left \(1 × refused by the chat template\)$"):
+        build_items(evaluate, data, tokenizer, 0)
+
+
+WITHOUT_TOOL_TURNS = (
+    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tool turns') }}{% endif %}"
+    "{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' else '\n' }}{% endfor %}"
+)
+
+
+def test_an_example_that_the_template_refuses_does_not_spoil_the_questions(
+    tokenizer: Any, write: Write, tmp_path: Path
+) -> None:
+    def talk(*said: str) -> dict[str, Any]:
+        roles = ["user", "assistant", "tool", "assistant"]
+        return {"messages": [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]}
+
+    template = tmp_path / "no_tools.jinja"
+    template.write_text(WITHOUT_TOOL_TURNS)
+    train = [talk(f"Bad {i}?", "I count.", "7", "Seven.") for i in range(20)] + [
+        talk(f"Fine {i}?", "Yes.") for i in range(4)
+    ]
+    sources = [{"path": write("test.jsonl", [{"question": "Q?", "answer": "A"}])}]
+    evaluate = Evaluate.model_validate({"sources": sources, "shots": 3})
+    data = skipping(write("train.jsonl", train), chat_template=str(template))
+    (item,) = build_items(evaluate, data, tokenizer, 0)
+    text = tokenizer.decode(item.prompt_ids)
+    assert text.count("Fine") == 3 and "Bad" not in text
+    with pytest.raises(DataError, match="no tool turns"):
+        build_items(evaluate, data.model_copy(update={"on_bad_row": "error"}), tokenizer, 0)
