@@ -71,6 +71,31 @@ def test_leaving_early_ends_the_thread(store: Store) -> None:
     assert threading.active_count() == before
 
 
+class _Stuck:
+    """Rows of which the second batch comes when it is let go, as on a disk that hangs."""
+
+    def __init__(self) -> None:
+        self.let_go = threading.Event()
+
+    def take(self, position: Position, count: int) -> tuple[list[Row], Position]:
+        if position.row:
+            self.let_go.wait()
+        return [], Position(0, 1)
+
+
+@pytest.mark.timeout(60)
+def test_an_error_gets_out_though_the_thread_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigtune.data.loader.LEAVE_SECONDS", 0.2)
+    rows = _Stuck()
+    with pytest.raises(KeyboardInterrupt), Loader(rows, Position(), World(), 1, 2) as loader:  # type: ignore[arg-type]
+        loader.next()
+        raise KeyboardInterrupt
+    assert loader._thread.is_alive() and loader._thread.daemon  # it does not keep the process
+    rows.let_go.set()
+    loader._thread.join(10)
+    assert not loader._thread.is_alive()
+
+
 class _Gated:
     """Rows that come when they are let through."""
 
