@@ -75,7 +75,8 @@ def _spawn(world_size: int, cuda: bool) -> Pool:
     pool: Pool = []
     for rank in range(world_size):
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, rank, world_size, port, cuda, GPUS), daemon=True)
+        # No daemon: it may have children, which tokenize. It ends when the pipe does.
+        process = context.Process(target=_serve, args=(there, rank, world_size, port, cuda, GPUS))
         process.start()
         there.close()
         pool.append((process, here))

@@ -2,8 +2,11 @@
 
 import json
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -33,25 +36,49 @@ class StopAfter(StopRequest):
         return self._left < 0
 
 
-def train_on_rank(run: Run, stop_after: int | None = None, resume: str | None = None) -> str:
-    """What a worker does, in one of the test's lasting ones. Returns the error that a user would see."""
+def train_on_rank(
+    run: Run,
+    stop_after: int | None = None,
+    resume: str | None = None,
+    new_data: bool = False,
+    patches: Mapping[str, Any] = {},
+) -> str:
+    """What a worker does, in one of the test's lasting ones.
+
+    Args:
+        patches: what stands in this worker for what has such a name, as in `{"bigtune.data.live.SHARDS": 2}`.
+
+    Returns:
+        The error that a user would see.
+    """
     from bigtune.train.loop import train
 
     world = World.from_environment()
-    try:
-        console = WorkerConsole(run.output, world)
-        stop = StopAfter(stop_after if world.rank == world.world_size - 1 else None)  # one rank alone is asked
-        train(run, world, find_start(run, resume), stop, console, time.monotonic())
-    except BigtuneError as error:
-        return f"{type(error).__name__}: {error}"
+    with ExitStack() as stack:
+        for name, value in patches.items():
+            stack.enter_context(mock.patch(name, value))
+        try:
+            console = WorkerConsole(run.output, world)
+            stop = StopAfter(stop_after if world.rank == world.world_size - 1 else None)  # one rank alone is asked
+            start = find_start(run, resume, new_data)
+            train(run, world, start, stop, console, time.monotonic(), new_data=new_data)
+        except BigtuneError as error:
+            return f"{type(error).__name__}: {error}"
     return ""
 
 
 def train(
-    run: Run, ranks: int = RANKS, stop_after: int | None = None, resume: str | None = None, cuda: bool = False
+    run: Run,
+    ranks: int = RANKS,
+    stop_after: int | None = None,
+    resume: str | None = None,
+    new_data: bool = False,
+    patches: Mapping[str, Any] = {},
+    cuda: bool = False,
 ) -> None:
     """Train on so many ranks; whatever a user would be told is a failure."""
-    assert run_distributed(train_on_rank, ranks, run, stop_after, resume, cuda=cuda) == [""] * ranks
+    said = run_distributed(train_on_rank, ranks, run, stop_after, resume, new_data, patches, cuda=cuda)
+    assert said == [""] * ranks
 
 
 def step(run: Run, number: int) -> Path:

@@ -21,6 +21,9 @@ from bigtune.dist import World
 
 AHEAD = 2
 """Global batches that wait for the loop, at most."""
+LEAVE_SECONDS = 5.0
+"""How long a loop that leaves waits for the thread. One that hangs in its data dies with the process, as a daemon:
+the loop leaves for a reason, an error or a stop, and that must get out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +53,8 @@ class Loader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closed.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get(timeout=0.05)  # makes room for a thread that is putting
-            except queue.Empty:
-                continue
+        self._closed.set()  # a thread that is putting looks at it
+        self._thread.join(LEAVE_SECONDS)
 
     def next(self) -> Step:
         """The next step of this rank; one without documents where the stream has ended.

@@ -49,10 +49,6 @@ TURN_KEYS = (
 )
 
 
-UNREADABLE = "unreadable file"
-"""What such a file is counted under where it is skipped."""
-
-
 class UnreadableFile(DataError):
     """A file that is there, but is damaged, cut off, forbidden, or not what its name says."""
 

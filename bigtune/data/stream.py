@@ -17,6 +17,8 @@ from bigtune.data.rows import Position, Row
 from bigtune.data.store import Store
 from bigtune.errors import DataError
 
+START = Position()
+
 
 class RowStream:
     """Rows of epoch after epoch, `epochs` of them or endlessly (None); every epoch is drawn and packed anew."""
@@ -61,8 +63,9 @@ class RowStream:
             epoch, row = (epoch, end) if end < plan.rows else (epoch + 1, 0)
         return rows, Position(epoch, row)
 
-    def total_rows(self, epochs: int) -> int:
-        return sum(self._rows_in(epoch) for epoch in range(epochs))
+    def rows_after(self, position: Position, epochs: int) -> int:
+        """How many rows there are from a position to the end of the last of `epochs`; 0 where that is past."""
+        return max(0, sum(self._rows_in(epoch) for epoch in range(position.epoch, epochs)) - position.row)
 
     def epochs_at(self, position: Position) -> float:
         """How many epochs were read before a position; 1.5 in the middle of the second."""
@@ -138,6 +141,6 @@ class RowStream:
         return document if length == len(document) else document.piece(start, length)
 
 
-def steps_of(stream: RowStream, epochs: int, global_batch: int) -> int:
-    """Optimizer steps that read `epochs` whole epochs; the last one may have fewer rows."""
-    return -(-stream.total_rows(epochs) // global_batch)
+def steps_of(stream: RowStream, epochs: int, global_batch: int, start: Position = START) -> int:
+    """Optimizer steps from `start` to the end of the last of `epochs`; the last step may have fewer rows."""
+    return -(-stream.rows_after(start, epochs) // global_batch)

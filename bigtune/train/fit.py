@@ -13,7 +13,8 @@ def open_rows(run: Run) -> Rows:
     """The rows of the run's store, or of its sources where it streams them.
 
     Raises:
-        DataError: the store is missing, a source cannot be read, or next to nothing is supervised.
+        DataError: the store is missing, a source cannot be read, or next to nothing is supervised. No process
+            of a stream is left then.
     """
     if not run.data.stream:
         return RowStream(Store.open(run.store), run.data, run.train.seed, run.train.epochs)
@@ -21,7 +22,11 @@ def open_rows(run: Run) -> Rows:
     from bigtune.data.recipe import Recipe
 
     rows = LiveRows(run.data, Recipe.of(run.data, run.model.path, run.held_out), run.train.seed)
-    rows.require_supervised(rows.first_window())
+    try:
+        rows.require_supervised(rows.first_window())
+    except BaseException:
+        rows.close()  # no one else can: the caller has no rows
+        raise
     return rows
 
 

@@ -1,11 +1,12 @@
 """A run's training, in the order of events.
 
-engine ──▶ restore ──▶ [ rows ▶ totals ▶ micro-steps ▶ optimizer step ▶ metrics ▶ save? ]* ──▶ save
+rows ─▶ progress ─▶ engine ─▶ restore ─▶ [ batches ▶ totals ▶ micro-steps ▶ optimizer step ▶ metrics ▶ save? ]* ─▶ save
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bigtune.checkpoint.layout import point_at, read_json
 from bigtune.checkpoint.save import to_json
 from bigtune.config import Run, Train
 from bigtune.data.collate import MicroBatch
+from bigtune.data.deal import Imbalance
 from bigtune.data.loader import Loader
 from bigtune.data.rows import Position, Rows
 from bigtune.data.stream import RowStream, steps_of
@@ -27,7 +29,7 @@ from bigtune.train.console import WorkerConsole
 from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine
 from bigtune.train.fit import check_fit, open_rows
-from bigtune.train.metrics import MetricsLog, peak_memory_gib, reduce_totals
+from bigtune.train.metrics import MetricsLog, Totals, peak_memory_gib, reduce_totals
 from bigtune.train.precision import measure_precision
 from bigtune.train.saving import Progress, Saver
 from bigtune.train.schedule import learning_rate
@@ -56,62 +58,80 @@ def train(
     Raises:
         BigtuneError: the model, the documents or the checkpoint does not fit, or a checkpoint cannot be written.
     """
-    rows = open_rows(run)
-    steps = run.train.steps or _steps_of(rows, run.train)
-    precision = _precision(run.train, start)
-    ds_config = _settle(run, precision, rows, world)
-    console.say(_headline(run, world, steps, precision, rows))
-    engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam)
-    progress = _go_on(start, engine, rows, console, new_data) if start else Progress()
-    metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began)
-    metrics.forget_after(progress.step)
-    saver = Saver(run, world, engine, metrics, rows, steps, saved_step=progress.step)
-    stop.can_wait, began_loop = True, time.monotonic()
-    loader = Loader(rows, progress.position, world, run.train.micro_batch, run.train.global_batch)
-    with console.bar("train") or nullcontext() as bar, loader:
-        while progress.step < steps:
-            began_step, waited = time.monotonic(), loader.waited_seconds
-            data = loader.next()
-            totals = reduce_totals(data.batches, stop.asked, metrics.held_loss)
-            metrics.complete(totals.loss)
-            if totals.stop:
-                break
-            rate = learning_rate(run.optim, progress.step + 1, steps)
-            loss = _backward(engine, data.batches, totals.weight, (run.train.seed, progress.step), world)
-            applied = engine.step(rate)
-            progress = Progress(progress.step + 1, progress.skipped_steps + (not applied), data.after)
-            seconds = time.monotonic() - began_step
-            metrics.hold(
-                loss,
-                totals.weight,
-                step=progress.step,
-                epoch=round(rows.epochs_at(data.after), 6),
-                loss=None,
-                learning_rate=rate,
-                grad_norm=engine.grad_norm,
-                tokens=totals.tokens,
-                supervised_tokens=totals.supervised,
-                time=round(metrics.elapsed(), 6),
-                step_seconds=round(seconds, 6),
-                data_seconds=round(loader.waited_seconds - waited, 6),
-                tokens_per_second=round(totals.tokens / seconds, 3),
-                peak_memory_gib=round(peak_memory_gib(), 4),
-                work_imbalance=round(data.imbalance.work, 4),
-                supervised_imbalance=round(data.imbalance.supervised, 4),
-                skipped=not applied,
-            )
-            if bar:
-                bar.advance_to(progress.step, steps, _note(metrics.last))
-            saver.save_if_due(progress)
-        saver.save(progress)
-    rows.close()
+    with closing(open_rows(run)) as rows:
+        progress = _read_progress(start, rows, run.train, new_data, console) if start else Progress()
+        steps = _last_step(run.train, rows, progress)
+        precision = _precision(run.train, start)
+        ds_config = _settle(run, precision, rows, world)
+        console.say(_headline(run, world, steps, precision, rows))
+        engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam)
+        if start:
+            _restore(engine, start, console)
+        metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began)
+        metrics.forget_after(progress.step)
+        saver = Saver(run, world, engine, metrics, rows, steps, saved_step=progress.step)
+        stop.can_wait, began_loop = True, time.monotonic()
+        loader = Loader(rows, progress.position, world, run.train.micro_batch, run.train.global_batch)
+        with console.bar("train") or nullcontext() as bar, loader:
+            while progress.step < steps:
+                began_step, waited = time.monotonic(), loader.waited_seconds
+                data = loader.next()
+                totals = reduce_totals(data.batches, stop.asked, metrics.held_loss)
+                metrics.complete(totals.loss)
+                if not totals.tokens:  # the rows have ended: a step on nothing would still move the weights
+                    steps = progress.step
+                if totals.stop or not totals.tokens:
+                    break
+                rate = learning_rate(run.optim, progress.step + 1, steps)
+                loss = _backward(engine, data.batches, totals.weight, (run.train.seed, progress.step), world)
+                applied = engine.step(rate)
+                progress = Progress(progress.step + 1, progress.skipped_steps + (not applied), data.after)
+                line = _line(progress, rows, totals, data.imbalance, rate, engine.grad_norm, applied)
+                timing = _timing(metrics, totals, began_step, loader.waited_seconds - waited)
+                metrics.hold(loss, totals.weight, **line, **timing)
+                if bar:
+                    bar.advance_to(progress.step, steps, _note(metrics.last))
+                saver.save_if_due(progress)
+            saver.save(progress)
     waited_share = loader.waited_seconds / (time.monotonic() - began_loop)
     console.say(_ending(progress, steps, metrics.last, waited_share, rows.losses()))
 
 
-def _steps_of(rows: Rows, section: Train) -> int:
+def _read_progress(start: Path, rows: Rows, section: Train, new_data: bool, console: WorkerConsole) -> Progress:
+    """Where a checkpoint ended; with other rows than it was trained on, before the first epoch that it had not begun.
+
+    Raises:
+        CheckpointError: the trainer's or the data's JSON is missing or broken.
+        DataError: the rows are other ones and not asked for, or come after the last epoch.
+    """
+    trainer, data = read_json(start, "trainer.json"), read_json(start, "data.json")
+    try:
+        progress = Progress(trainer["step"], trainer["skipped_steps"], Position.from_json(data))
+    except KeyError as error:
+        raise CheckpointError(f"{start}/trainer.json: lacks {error}; resume from another step") from None
+    if data.get("fingerprint") == rows.fingerprint:
+        return progress
+    if not new_data:
+        raise DataError(
+            f"{start}: was trained on other rows than data gives now; bring the sources and settings back, or go "
+            "on with --new-data: the next epoch then begins with the new ones"
+        )
+    ended = progress.position
+    begins = ended if ended == Position(ended.epoch) else Position(ended.epoch + 1)
+    progress = replace(progress, position=begins)
+    if _last_step(section, rows, progress) <= progress.step:
+        key, number = ("epochs", section.epochs) if section.epochs else ("steps", section.steps)
+        raise DataError(f"--new-data: {start} leaves nothing of {key}: {number} for the new ones; raise train.{key}")
+    console.say(f"the documents are other ones than in {start}: epoch {begins.epoch} begins with them")
+    return progress
+
+
+def _last_step(section: Train, rows: Rows, progress: Progress) -> int:
+    """The run's last step: as given, or the one that reads the last epoch's last row."""
+    if section.steps is not None:
+        return section.steps
     assert isinstance(rows, RowStream)  # the run file gives a stream of raw files its steps
-    return steps_of(rows, section.epochs or 1, section.global_batch)
+    return progress.step + steps_of(rows, section.epochs or 1, section.global_batch, progress.position)
 
 
 def _settle(run: Run, precision: str, rows: Rows, world: World) -> dict[str, Any]:
@@ -135,6 +155,14 @@ def _precision(section: Train, start: Path | None) -> str:
     return "bfloat16" if dist.from_main(float(fast)) else "float32"
 
 
+def _restore(engine: Engine, start: Path, console: WorkerConsole) -> None:
+    """The state of a checkpoint into the engine."""
+    restore(engine, start)
+    console.say(f"going on from {start}")
+    if console.world.is_main and start.parent == console.output / "checkpoints":
+        point_at(start)  # where it goes back to an earlier step, the later ones are no longer this run's
+
+
 def _backward(
     engine: Engine, batches: Sequence[MicroBatch], weight: float, place: tuple[int, int], world: World
 ) -> float:
@@ -147,26 +175,34 @@ def _backward(
     return float(torch.stack(losses).double().sum())
 
 
-def _go_on(start: Path, engine: Engine, rows: Rows, console: WorkerConsole, new_data: bool) -> Progress:
-    """The engine's state into the engine; the trainer's and the data's as progress."""
-    trainer, data = read_json(start, "trainer.json"), read_json(start, "data.json")
-    position = Position.from_json(data)
-    if data.get("fingerprint") != rows.fingerprint:
-        if not new_data:
-            raise DataError(
-                f"{start}: was trained on other rows than data gives now; bring the sources and settings back, or go "
-                "on with --new-data: the next epoch then begins with the new ones"
-            )
-        position = Position(position.epoch + 1)
-        console.say(f"the documents are other ones than in {start}: epoch {position.epoch} begins with them")
-    restore(engine, start)
-    console.say(f"going on from {start}")
-    if console.world.is_main and start.parent == console.output / "checkpoints":
-        point_at(start)  # where it goes back to an earlier step, the later ones are no longer this run's
-    try:
-        return Progress(trainer["step"], trainer["skipped_steps"], position)
-    except KeyError as error:
-        raise CheckpointError(f"{start}/trainer.json: lacks {error}; resume from another step") from None
+def _line(
+    progress: Progress, rows: Rows, totals: Totals, dealt: Imbalance, rate: float, grad_norm: float, applied: bool
+) -> dict[str, Any]:
+    """What a step computed, for metrics.jsonl; the same in every run that computes it."""
+    return {
+        "step": progress.step,
+        "epoch": round(rows.epochs_at(progress.position), 6),
+        "loss": None,  # known with the next step's totals
+        "learning_rate": rate,
+        "grad_norm": grad_norm,
+        "tokens": totals.tokens,
+        "supervised_tokens": totals.supervised,
+        "work_imbalance": round(dealt.work, 4),
+        "supervised_imbalance": round(dealt.supervised, 4),
+        "skipped": not applied,
+    }
+
+
+def _timing(metrics: MetricsLog, totals: Totals, began: float, waited: float) -> dict[str, float]:
+    """What the clock and the memory say of a step that began at `began`; `waited` are its seconds without data."""
+    seconds = time.monotonic() - began
+    return {
+        "time": round(metrics.elapsed(), 6),
+        "step_seconds": round(seconds, 6),
+        "data_seconds": round(waited, 6),
+        "tokens_per_second": round(totals.tokens / seconds, 3),
+        "peak_memory_gib": round(peak_memory_gib(), 4),
+    }
 
 
 def _headline(run: Run, world: World, steps: int, precision: str, rows: Rows) -> str:

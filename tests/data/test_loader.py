@@ -43,7 +43,7 @@ def test_the_ranks_together_learn_every_document_once(store: Store, world_size: 
 
 
 def test_a_loader_begins_at_its_position_and_ends_with_empty_steps(store: Store) -> None:
-    total = rows_of(store).total_rows(1)
+    total = rows_of(store).rows_after(Position(), 1)
     with Loader(rows_of(store), Position(0, total - 3), World(), 1, 2) as loader:
         assert [sum(batch.tokens > 0 for batch in loader.next().batches) for _ in range(3)] == [2, 1, 0]
 
@@ -69,6 +69,31 @@ def test_leaving_early_ends_the_thread(store: Store) -> None:
     with Loader(rows_of(store, epochs=None), Position(), World(), 1, 2) as loader:
         loader.next()
     assert threading.active_count() == before
+
+
+class _Stuck:
+    """Rows of which the second batch comes when it is let go, as on a disk that hangs."""
+
+    def __init__(self) -> None:
+        self.let_go = threading.Event()
+
+    def take(self, position: Position, count: int) -> tuple[list[Row], Position]:
+        if position.row:
+            self.let_go.wait()
+        return [], Position(0, 1)
+
+
+@pytest.mark.timeout(60)
+def test_an_error_gets_out_though_the_thread_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigtune.data.loader.LEAVE_SECONDS", 0.2)
+    rows = _Stuck()
+    with pytest.raises(KeyboardInterrupt), Loader(rows, Position(), World(), 1, 2) as loader:  # type: ignore[arg-type]
+        loader.next()
+        raise KeyboardInterrupt
+    assert loader._thread.is_alive() and loader._thread.daemon  # it does not keep the process
+    rows.let_go.set()
+    loader._thread.join(10)
+    assert not loader._thread.is_alive()
 
 
 class _Gated:

@@ -62,7 +62,7 @@ def test_a_stream_goes_on_from_any_position_as_if_never_stopped(store: Store) ->
         position = Position.from_json(json.loads(json.dumps(position.to_json())))
         parts += [row.indices for row in rows]
     assert parts == whole
-    rows_an_epoch = stream(store).total_rows(1)
+    rows_an_epoch = stream(store).rows_after(Position(), 1)
     assert sorted(whole[:rows_an_epoch]) != sorted(whole[rows_an_epoch : 2 * rows_an_epoch])  # packed anew
 
 
@@ -73,7 +73,7 @@ def test_another_seed_gives_another_order(store: Store) -> None:
 
 def test_a_bounded_stream_ends_with_fewer_then_no_rows(store: Store) -> None:
     rows_of = stream(store, epochs=1)
-    total = rows_of.total_rows(1)
+    total = rows_of.rows_after(Position(), 1)
     rows, position = rows_of.take(Position(0, 2), total)
     assert len(rows) == total - 2 and position == Position(1, 0)
     assert rows_of.take(position, 3) == ([], position)
@@ -92,7 +92,7 @@ def test_epochs_of_a_mixture_may_have_other_numbers_of_rows(tmp_path: Path) -> N
             break
         counts[position.epoch] += 1
         position = after
-    assert len(set(counts)) > 1 and sum(counts) == rows.total_rows(4)
+    assert len(set(counts)) > 1 and sum(counts) == rows.rows_after(Position(), 4)
 
 
 def test_what_is_packed_is_in_the_fingerprint(store: Store) -> None:

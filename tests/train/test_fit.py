@@ -1,5 +1,8 @@
 """What a model cannot compute as it was made to is refused before anything is loaded."""
 
+from pathlib import Path
+
+import psutil
 import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
@@ -46,3 +49,13 @@ def test_documents_longer_than_the_context_or_a_window(store: Rows) -> None:
     ):
         with pytest.raises(DataError, match=f"sliding window.* has {longest - 1}; set data.sequence_length to"):
             check_fit(config, store)
+
+
+def test_a_stream_that_is_refused_leaves_no_process(tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl")
+    run = tiny_run(tmp_path, data__stream=True, data__workers=1, data__min_supervised=0.99)
+    with pytest.raises(DataError, match=r"are supervised, less than data.min_supervised"):
+        open_rows(run)
+    alive = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    assert not [command for command in alive if "popen_loky" in command]
