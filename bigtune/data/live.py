@@ -54,6 +54,10 @@ MOST_BLOCKS = 2**18
 """Of blocks that a rank keeps a list of."""
 
 
+class NothingToTrainOn(DataError):
+    """No document of a stream has anything to learn."""
+
+
 class LiveRows:
     """The rows of raw sources, epoch after epoch without end. `close` ends its worker processes."""
 
@@ -194,8 +198,8 @@ class LiveRows:
     def _made_windows(self, start: Position) -> Iterator[tuple[Position, Window]]:
         """Windows from `start` on, made ahead by the pool; those without a row are left out."""
         waiting: deque[tuple[Position, Future[Window]]] = deque()
-        empty_since, empty = start.epoch, 0
-        patience: float = EMPTY_AT_FIRST
+        found = start != Position(start.epoch)  # rows of this epoch; in its middle one cannot know
+        empty, patience = 0, float(EMPTY_AT_FIRST)
         for place, items in self._window_items(start):
             waiting.append((place, self._pool.submit(make_window, self._spec, items, place)))
             if len(waiting) <= self._ahead:
@@ -203,15 +207,17 @@ class LiveRows:
             place, future = waiting.popleft()
             window = result_of(future)
             if window.rows:
-                empty_since, patience = place.epoch, math.inf
+                found, patience = True, math.inf
                 yield place, window
                 continue
             self._count(window)
-            empty += 1
-            if place.epoch > empty_since + 1 or empty >= patience:
-                where = "a whole epoch" if place.epoch > empty_since + 1 else f"the first {empty} windows"
+            ended = place.shard == self.shards
+            empty += not ended
+            if empty >= patience or (ended and not found):
+                where = f"the first {empty} windows" if empty >= patience else "a whole epoch"
                 why = self.losses() or "the files are empty"
-                raise DataError(f"data.sources: nothing to train on in {where} ({why}); mend the rows or data")
+                raise NothingToTrainOn(f"data.sources: nothing to train on in {where} ({why}); mend the rows or data")
+            found = found and not ended
 
     def _window_items(self, start: Position) -> Iterator[tuple[Position, list[Item]]]:
         """What each window from `start` on is made of. Windows before it cost reading only what is read here."""

@@ -7,7 +7,7 @@ import numpy as np
 from bigtune.config import Run
 from bigtune.data.document import Document
 from bigtune.data.files import read_chunks
-from bigtune.data.live import BLOCK_BYTES, LiveRows
+from bigtune.data.live import BLOCK_BYTES, LiveRows, NothingToTrainOn
 from bigtune.data.parts import collect
 from bigtune.data.plan import Plan
 from bigtune.data.recipe import Recipe
@@ -27,26 +27,23 @@ def inspect_stream(run: Run, wishes: Wishes) -> Inspection:
         BigtuneError: a source or the model folder cannot be read, or a row cannot be used.
     """
     recipe = Recipe.of(run.data, run.model.path, run.held_out)
-    begun = list(_beginnings(run, recipe))
     window: list[Row] = []
-    lost: dict[str, int] = {}
     refusal = ""
-    # Where nothing is supervised, the stream would read all its files before it says so.
-    if any(len(document.spans) for _, _, document in begun):
-        live = LiveRows(run.data, recipe, run.train.seed)
-        try:
-            first = live.first_window()
-            window, lost = first.rows, dict(live.lost)
-            live.require_supervised(first)
-        except DataError as error:
-            if not window:
-                raise
-            refusal = str(error)
-        finally:
-            live.close()
-    else:
-        refusal = f"data.sources: nothing is supervised in the first {len(begun):,} documents"
-    return _inspection(run, wishes, recipe, begun, window, lost, refusal)
+    live = LiveRows(run.data, recipe, run.train.seed)
+    try:
+        first = live.first_window()
+        window = first.rows
+        live.require_supervised(first)
+    except NothingToTrainOn as error:
+        refusal = str(error)
+    except DataError as error:
+        if not window:
+            raise
+        refusal = str(error)
+    finally:
+        live.close()
+    begun = list(_beginnings(run, recipe))
+    return _inspection(run, wishes, recipe, begun, window, dict(live.lost), refusal)
 
 
 def _inspection(

@@ -210,7 +210,7 @@ def test_of_a_stream_the_beginning_is_shown(make_run: MakeRun, tmp_path: Path) -
 def test_a_stream_with_nothing_supervised_is_shown(make_run: MakeRun, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", questions(40))
     seen = api.inspect(make_run(path, stream=True, supervise=["tool"], train={"epochs": None, "steps": 5}))
-    assert "nothing is supervised" in seen.refusal
+    assert "a whole epoch (40 × nothing supervised)" in seen.refusal
     assert len(seen.samples) == 3 and seen.packing is None
 
 
