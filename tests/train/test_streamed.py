@@ -20,7 +20,7 @@ from tests.training import RANKS, differing, metrics, step, train, train_on_rank
 
 STEPS, STOP_AFTER = 12, 6
 WINDOWS = {  # so small that few rows have several shards of several windows
-    "bigtune.data.live.BLOCK_BYTES": 512, "bigtune.data.live.WINDOW_BYTES": 1024,
+    "bigtune.data.live.BLOCK_BYTES": 512, "bigtune.data.live.WINDOW_BYTES": 900,
     "bigtune.data.live.ROWS_A_WINDOW": 1, "bigtune.data.live.WINDOWS_A_SHARD": 2,
 }  # fmt: skip
 
