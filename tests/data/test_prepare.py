@@ -508,3 +508,29 @@ def test_a_worker_that_is_killed_is_one_line(
 
 def _die(recipe: Any, chunk: Any, path: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_store_is_never_written_over_other_files(model_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    (folder / PARTS).mkdir(parents=True)
+    path = written(folder / PARTS / "train-0.jsonl", SHORT)
+    with pytest.raises(DataError, match=r"train-0.jsonl: is not of a document store; choose another folder"):
+        prepare(data(path), model_path, folder)
+    assert path.exists()
+    prepare(data(path), model_path, tmp_path / "s")  # its own files are no hindrance to the next call
+    written(path, many(3))
+    assert prepare(data(path), model_path, tmp_path / "s").documents == 3
+
+
+def test_a_key_in_fields_that_no_row_has_is_an_error(write_rows: WriteRows, model_path: Path, tmp_path: Path) -> None:
+    path = write_rows(
+        [{"instruction": "Say it", "output": "It", "context": "Here"}, {"instruction": "a", "output": "b"}]
+    )
+
+    def made(**fields: str) -> Manifest:
+        source = TrainingSource(path=path, fields=fields)
+        return prepare(Data(sources=(source,), sequence_length=128), model_path, tmp_path / "s")
+
+    with pytest.raises(DataError, match=r"fields: input is to be read from 'contxt', which no row has; correct it"):
+        made(input="contxt")
+    assert made(input="context").tokens > made().tokens  # what one row lacks is no typo
