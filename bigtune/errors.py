@@ -4,6 +4,8 @@ A message says what is wrong, where (file, row, key, rank) and what to do. Anyth
 a bug of bigtune's own and keeps its traceback.
 """
 
+from collections.abc import Mapping
+
 
 class BigtuneError(Exception):
     """Base of every error that the user, not a developer, can mend."""
@@ -27,3 +29,8 @@ class CheckpointError(BigtuneError):
 
 class LaunchError(BigtuneError):
     """Workers cannot be started as asked, or one of them failed."""
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """Counts by reason, as messages tell them: `3 × empty text; 1 × not UTF-8`."""
+    return "; ".join(f"{count:,} × {reason}" for reason, count in reasons.items() if count)

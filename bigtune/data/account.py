@@ -14,7 +14,7 @@ from bigtune.data.inputs import InputFile, Inputs
 from bigtune.data.manifest import Manifest, PartCounts, SourceCounts
 from bigtune.data.sources import UNREADABLE
 from bigtune.data.store import Columns
-from bigtune.errors import DataError
+from bigtune.errors import DataError, counted
 
 
 @dataclass
@@ -57,7 +57,7 @@ def manifest_of(
             )
             for i, named in enumerate(data.sources)
         ],
-        rows=sum(counts.rows for counts in parts),
+        rows=sum(of.rows for of in made),
         documents=len(choice.chosen),
         conversations=sum(counts.conversations for counts in parts),
         tokens=int(lengths.sum(dtype=np.int64)),
@@ -128,7 +128,7 @@ def require_supervised(manifest: Manifest, data: Data) -> None:
     losses = {**manifest.skipped, **manifest.removed}
     if manifest.held_out:
         losses["held out"] = manifest.held_out
-    why = "; ".join(f"{count:,} × {reason}" for reason, count in losses.items() if count) or "the files are empty"
+    why = counted(losses) or "the files are empty"
     names = ", ".join(source.name for source in data.sources)
     if not manifest.supervised_tokens:
         raise DataError(

@@ -3,7 +3,7 @@
 Nothing is rewritten for it: a choice is a list of positions, made from the parts' columns in seconds.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bigtune.config import Clean
-from bigtune.data.clean import Removals, select
+from bigtune.data.clean import Features, Removals, select
 from bigtune.data.duplicates import Column, Signatures
 from bigtune.data.features import features
 from bigtune.data.holdout import bound
@@ -108,7 +108,7 @@ def _judge(
     content: npt.NDArray[np.uint64],
     lengths: npt.NDArray[np.int32],
     supervised: npt.NDArray[np.int32],
-    features_of: Callable[[npt.NDArray[np.int64]], Mapping[str, Column]],
+    features_of: Callable[[npt.NDArray[np.int64]], Features],
     below: int,
     clean: Clean,
 ) -> Verdict:
@@ -129,7 +129,7 @@ def _judge(
     return Verdict(kept[owner] & (supervised > 0), held, silent, cleaned, removals, silent_tokens)
 
 
-class _Features(Mapping[str, Column]):
+class _Features:
     """Feature columns at some positions only, each read when it is asked for."""
 
     def __init__(self, columns: Columns, positions: npt.NDArray[np.int64]) -> None:
@@ -140,12 +140,6 @@ class _Features(Mapping[str, Column]):
             return _At(Signatures(self._columns.chunked(name)), self._positions)
         column: Column = self._columns.numbers(name)[self._positions]
         return column
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._columns.names)
-
-    def __len__(self) -> int:
-        return len(self._columns.names)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ content, nearly the same words, the same answer too often. Earlier rows count on
 never takes another one with it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,8 +61,14 @@ class Removals:
         return Removal(self.names[self.reason[row]], like if like >= 0 else None)
 
 
+class Features(Protocol):
+    """Feature columns by name, as a dictionary or read when they are asked for."""
+
+    def __getitem__(self, name: str, /) -> Column: ...
+
+
 def select(
-    columns: Mapping[str, Column], content: npt.NDArray[np.uint64], tokens: npt.NDArray[np.integer], clean: Clean
+    columns: Features, content: npt.NDArray[np.uint64], tokens: npt.NDArray[np.integer], clean: Clean
 ) -> Removals:
     """Decide which of N documents are left out.
 
@@ -95,7 +102,7 @@ def select(
 
 
 def _filters(
-    columns: Mapping[str, Column], tokens: npt.NDArray[np.integer], clean: Clean
+    columns: Features, tokens: npt.NDArray[np.integer], clean: Clean
 ) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
     """Reasons that lie in a row alone, and the rows that they remove, bool [N]."""
     if clean.min_tokens is not None:
@@ -114,7 +121,7 @@ def _filters(
 
 
 def _checks(
-    columns: Mapping[str, Column], content: npt.NDArray[np.uint64], rows: npt.NDArray[np.int64], clean: Clean
+    columns: Features, content: npt.NDArray[np.uint64], rows: npt.NDArray[np.int64], clean: Clean
 ) -> Iterator[tuple[str, Equal | Near]]:
     """Reasons that lie in earlier rows; `rows` are those that are left."""
     if clean.exact_duplicates:

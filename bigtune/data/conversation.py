@@ -58,7 +58,12 @@ class Conversation:
             said += [message.role, message.content, _plain(message.extra)]
         lengths = ",".join([str(len(part)) for part in said])  # so that no text runs into the next one
         text = f"{lengths};{''.join(said)}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        return hash64(text)
+
+
+def hash64(text: str) -> int:
+    """64 bits of BLAKE2b: the same on every machine and in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "little")
 
 
 def _plain(value: Any) -> str:

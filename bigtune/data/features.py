@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from bigtune.config import Clean
-from bigtune.data.conversation import Conversation
+from bigtune.data.conversation import Conversation, hash64
 from bigtune.data.overlap import Overlap
 from bigtune.data.words import Spoken, Words, ngrams, spoken
 
@@ -98,7 +98,7 @@ def _of_words(said: Sequence[Sequence[Spoken]], clean: Clean, overlap: Overlap |
 def _answer_hash(texts: Sequence[str]) -> int:
     """64 bits of the answers, word for word: only spacing does not count."""
     text = "\n".join(" ".join(text.split()) for text in texts)
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "little")
+    return hash64(text)
 
 
 def _repetition(words: Words, rows: int) -> npt.NDArray[np.float32]:

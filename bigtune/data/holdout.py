@@ -16,8 +16,10 @@ from bigtune.data.formats import ReadCounts, read_conversations
 from bigtune.data.manifest import read_manifest
 from bigtune.errors import DataError
 
+NO_ROWS = np.empty(0, np.uint64)
 
-def bound(holdout: float | int | None, content: npt.NDArray[np.uint64]) -> int:
+
+def bound(holdout: float | int | None, content: npt.NDArray[np.uint64] = NO_ROWS) -> int:
     """The content hash below which a row is held out; `content` of all rows matters where their number is given."""
     if holdout is None:
         return 0
@@ -41,7 +43,7 @@ def bound_of(data: Data, store: Path) -> int:
                 "run `bigtune prepare RUN.yaml`"
             )
         return manifest.held_out_below
-    return bound(data.holdout, np.empty(0, np.uint64))
+    return bound(data.holdout)
 
 
 def held_out_rows(data: Data, below: int, counts: ReadCounts | None = None) -> Iterator[Conversation]:

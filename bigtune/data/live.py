@@ -34,7 +34,7 @@ from bigtune.data.rows import Position, Row
 from bigtune.data.sources import UNREADABLE, SourceFile, UnreadableFile, resolve_sources, stat_of
 from bigtune.data.window import Item, Spec, Window, make_window
 from bigtune.dist import World
-from bigtune.errors import DataError
+from bigtune.errors import DataError, counted
 
 BLOCK_BYTES = 2**18
 WINDOW_BYTES = 2**21
@@ -64,7 +64,7 @@ class LiveRows:
     def __init__(self, data: Data, recipe: Recipe, seed: int) -> None:
         """Raises DataError if a source cannot be read."""
         self._data, self._recipe = data, recipe
-        self._spec = Spec(data, bound(data.holdout, np.empty(0, np.uint64)), seed)
+        self._spec = Spec(data, bound(data.holdout), seed)
         self.lost: Counter[str] = Counter()
         self._unreadable: set[str] = set()
         self._stats: dict[SourceFile, list[int] | None] = {}
@@ -173,8 +173,7 @@ class LiveRows:
         return f"rows of {self._data.sequence_length:,} tokens, streamed from {len(self._stats):,} files"
 
     def losses(self) -> str:
-        lost = self.lost + Counter({UNREADABLE: len(self._unreadable)})
-        return "; ".join(f"{count:,} × {reason}" for reason, count in lost.items())
+        return counted({**self.lost, UNREADABLE: len(self._unreadable)})
 
     def _begin(self, position: Position) -> None:
         """Make the window of a position again; where it is none any more, the next one follows."""

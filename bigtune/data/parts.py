@@ -1,6 +1,5 @@
 """One chunk of a source file → one part of the document store. Worker processes run this, one chunk at a time."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bigtune.data.conversation import Conversation
+from bigtune.data.conversation import Conversation, hash64
 from bigtune.data.document import Document
 from bigtune.data.features import feature_schema, features
 from bigtune.data.files import Chunk, rows_of
@@ -119,7 +118,7 @@ def _record_batch(collected: Collected, recipe: Recipe) -> pa.RecordBatch:
         pa.array([conversation.row for conversation in of], pa.int64()),
         pa.array(collected.parts, pa.int32()),
         pa.array([conversation.content_hash for conversation in of], pa.uint64()),
-        pa.array([_hash(conversation.id) if conversation.id else 0 for conversation in of], pa.uint64()),
+        pa.array([hash64(conversation.id) if conversation.id else 0 for conversation in of], pa.uint64()),
     ]
     schema = list(SCHEMA)
     extra = feature_schema(recipe.clean)
@@ -128,10 +127,6 @@ def _record_batch(collected: Collected, recipe: Recipe) -> pa.RecordBatch:
         columns += [made[column.name].take(owners) for column in extra]
         schema += extra
     return pa.record_batch(columns, schema=pa.schema(schema))
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _lists(arrays: Sequence[Any], kind: Any) -> Any:

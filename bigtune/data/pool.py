@@ -49,10 +49,9 @@ def open_pool(workers: int, recipe: Recipe | Callable[[], Recipe]) -> Iterator[P
     environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     executor = ProcessPoolExecutor(workers, initializer=_begin, env=environment)
     try:
-        made = recipe if isinstance(recipe, Recipe) else executor.submit(recipe)
         for _ in range(workers - 1):
             executor.submit(_warm_up)
-        here = made if isinstance(made, Recipe) else result_of(made)
+        here = recipe if isinstance(recipe, Recipe) else result_of(executor.submit(recipe))
         with ExitStack() as resources:
             try:  # it is read once by each worker
                 file = resources.enter_context(tempfile.NamedTemporaryFile(prefix="bigtune-recipe-"))
@@ -119,7 +118,7 @@ def _begin() -> None:
 
 
 def _warm_up() -> None:
-    """Import what is needed, while another worker makes the recipe."""
+    """Import what is needed, while the last worker makes the recipe."""
     import transformers.utils.chat_template_utils  # noqa: F401
 
     import bigtune.data.parts  # noqa: F401

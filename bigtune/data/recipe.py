@@ -57,7 +57,7 @@ def _overlap(data: Data, held_out: Sequence[Source], chat: ChatFormat) -> Overla
 def held_out_below(data: Data, chat: ChatFormat) -> int:
     """The content hash below which rows will be held out: of the rows that the chat format takes, as in the store."""
     if not isinstance(data.holdout, int):
-        return bound(data.holdout, np.empty(0, np.uint64))
+        return bound(data.holdout)
     hashes = (row.content_hash for row in read_conversations(data.sources, data.on_bad_row))
     content = np.unique(np.fromiter(hashes, np.uint64))
     reach = data.holdout

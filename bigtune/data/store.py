@@ -179,11 +179,6 @@ class Columns:
             parts.append(column.to_numpy(zero_copy_only=False))  # booleans are bits in Arrow
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    @property
-    def names(self) -> list[str]:
-        """Of the columns that all parts have."""
-        return list(self._batches[0].schema.names) if self._batches else []
-
     def chunked(self, name: str) -> Any:
         """A column as a `pa.ChunkedArray` over the parts, mapped."""
         return pa.chunked_array([batch.column(name) for batch in self._batches])

@@ -1,7 +1,6 @@
 """One window of a stream: some blocks of raw rows, tokenised and packed together. Worker processes run this."""
 
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import numpy.typing as npt
 
 from bigtune.config import Data
 from bigtune.data.choose import choose_collected
+from bigtune.data.conversation import hash64
 from bigtune.data.document import Document
 from bigtune.data.files import Block, Chunk, read_block
 from bigtune.data.formats import bad_row_error
@@ -136,11 +136,7 @@ def _packed(documents: _Documents, spec: Spec, place: Position) -> tuple[list[Ro
         row: list[tuple[int, Document, str]] = []
         for i in plan.row(r).tolist():
             of, start, length = int(pieces.document[i]), int(pieces.start[i]), int(pieces.length[i])
-            number = _number(f"{documents.names[of]} {start}")
+            number = hash64(f"{documents.names[of]} {start}") >> 1
             row.append((number, documents.documents[of].piece(start, length), documents.places[of]))
         rows.append(Row(*zip(*row, strict=True)))
     return rows, dict(pieces.dropped)
-
-
-def _number(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1

@@ -7,7 +7,6 @@ spacing, case and full-width letters do not count. Scripts that are written with
 Thai, Lao, Khmer, Burmese) count each character as a word.
 """
 
-import hashlib
 import json
 import re
 import unicodedata
@@ -19,7 +18,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from bigtune.data.conversation import Conversation, Message
+from bigtune.data.conversation import Conversation, Message, hash64
 
 UInt64s = npt.NDArray[np.uint64]
 
@@ -45,7 +44,7 @@ class _WordHashes(dict[str, int]):
     MOST, LONGEST = 200_000, 40  # some 30 MiB
 
     def __missing__(self, word: str) -> int:
-        value = int.from_bytes(hashlib.blake2b(word.encode(errors="replace"), digest_size=8).digest(), "little")
+        value = hash64(word)
         if len(self) >= self.MOST:
             self.clear()
         if len(word) <= self.LONGEST:

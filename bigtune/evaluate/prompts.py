@@ -19,7 +19,7 @@ from bigtune.data.choose import NOTHING_SUPERVISED
 from bigtune.data.conversation import Conversation, Message
 from bigtune.data.formats import BadRow, ReadCounts, bad_row_error, read_conversations
 from bigtune.data.parts import REFUSED
-from bigtune.errors import DataError, ModelError
+from bigtune.errors import DataError, ModelError, counted
 
 # What ends an answer in plain text. Answers of several lines (GSM8K) rule out a single line end.
 PLAIN_END = "\n\n"
@@ -97,7 +97,7 @@ def build_items(
             items.append(Item(_said(row), row.messages[-1].content, *pair, row.task, row.tags, row.where))
     if not items:
         names = ", ".join(source.name for source in sources)
-        why = "; ".join(f"{count:,} × {reason}" for reason, count in counts.skipped.items())
+        why = counted(counts.skipped)
         raise DataError(f"{names}: no row to evaluate on{f' is left ({why})' if why else ''}")
     return items
 

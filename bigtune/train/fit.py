@@ -9,8 +9,9 @@ from bigtune.data.stream import RowStream
 from bigtune.errors import DataError, ModelError
 
 
-def open_rows(run: Run) -> Rows:
-    """The rows of the run's store, or of its sources where it streams them.
+def open_rows(run: Run, begins: bool = True) -> Rows:
+    """The rows of the run's store, or of its sources where it streams them. Where a run `begins`, a stream is looked
+    at: later its first window would be made for nothing.
 
     Raises:
         DataError: the store is missing, a source cannot be read, or next to nothing is supervised. No process
@@ -23,7 +24,8 @@ def open_rows(run: Run) -> Rows:
 
     rows = LiveRows(run.data, Recipe.of(run.data, run.model.path, run.held_out), run.train.seed)
     try:
-        rows.require_supervised(rows.first_window())
+        if begins:
+            rows.require_supervised(rows.first_window())
     except BaseException:
         rows.close()  # no one else can: the caller has no rows
         raise

@@ -58,7 +58,7 @@ def train(
     Raises:
         BigtuneError: the model, the documents or the checkpoint does not fit, or a checkpoint cannot be written.
     """
-    with closing(open_rows(run)) as rows:
+    with closing(open_rows(run, begins=start is None)) as rows:
         progress = _read_progress(start, rows, run.train, new_data, console) if start else Progress()
         steps = _last_step(run.train, rows, progress)
         precision = _precision(run.train, start)
