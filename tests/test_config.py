@@ -97,3 +97,32 @@ def test_cleaning_leaves_documents_that_fit_a_row(what: str) -> None:
     run_of(sequence_length=64, clean={"min_tokens": 64}, on_long_document=what)
     run_of(sequence_length=64, clean={"min_tokens": 65}, on_long_document="split")
     run_of(sequence_length=64, clean={"min_tokens": 65}, on_long_document="truncate")
+
+
+def stream_of(**data: Any) -> dict[str, Any]:
+    return {
+        "model": {"path": "m"},
+        "data": {"sources": [{"path": "a.jsonl"}], "stream": True, **data},
+        "train": {"steps": 1},
+        "output": "o",
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"clean": {"near_duplicates": 0.8}}, "clean.near_duplicates needs the rows before"),
+        ({"clean": {"exact_duplicates": True}}, "clean.exact_duplicates needs the rows before"),
+        ({"clean": {"same_answer_at_most": 2}}, "clean.same_answer_at_most needs the answers before"),
+        ({"holdout": 100}, "holdout as a number of rows needs all rows"),
+        ({"sources": [{"path": "a", "weight": 1.0}]}, "sources.weight needs the number of tokens of each source"),
+        ({"sources": [{"path": "a", "max_documents": 5}]}, "sources.max_documents needs all rows"),
+    ],
+)
+def test_what_needs_the_whole_data_first_is_refused_with_the_reason(settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        resolve(stream_of(**settings))
+    assert "data.stream: false" in str(caught.value) or "stream: false" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"give train.steps"):
+        resolve({**stream_of(), "train": {"epochs": 1}})
+    resolve(stream_of(holdout=0.1, clean={"min_tokens": 3}))

@@ -9,6 +9,8 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from bigtune.data import prepare as room
+from bigtune.data.parts import make_part
 from tests.tiny import byte_level_bpe
 
 CORPUS = [
@@ -80,3 +82,17 @@ def write_rows(tmp_path: Path) -> WriteRows:
         return path
 
     return write
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of parts, as they are made in this process."""
+    made: list[str] = []
+    make = make_part
+
+    def counted(recipe: Any, chunk: Any, path: Path) -> Any:
+        made.append(path.name)
+        return make(recipe, chunk, path)
+
+    monkeypatch.setattr(room, "make_part", counted)
+    return made

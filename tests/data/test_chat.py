@@ -115,6 +115,16 @@ def test_a_template_that_refuses_a_row_is_quoted(make_tokenizer: MakeTokenizer) 
         encode(ChatFormat.of(made), talk("Hi", "Hello"))
 
 
+def test_a_chat_of_so_many_turns_that_it_would_take_minutes_is_refused(chatml: Any) -> None:
+    chat = ChatFormat.of(chatml)
+    many = talk(*["Hi"] * 5000)
+    with pytest.raises(DataError, match=r"row 7: it is too large \(2,500 answers in 330,000 characters\); cut it up"):
+        encode(chat, many)
+    assert len(encode(chat, talk(*["Hi"] * 200))[0].spans) == 100
+    [document] = encode(ChatFormat.of(chatml, supervise="last"), many)  # of which one answer is rendered
+    assert len(document.spans) == 1
+
+
 def test_a_tokenizer_without_an_end_is_refused(make_tokenizer: MakeTokenizer) -> None:
     made = make_tokenizer()
     made.eos_token = None

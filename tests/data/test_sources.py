@@ -116,6 +116,25 @@ def test_an_unreadable_file_is_listed_and_then_named_by_whoever_reads_it(tmp_pat
             ask(broken)
 
 
+def test_a_file_that_links_lead_to_again_is_read_once(tmp_path: Path) -> None:
+    filled(tmp_path, "a.jsonl")
+    (tmp_path / "again.jsonl").symlink_to("a.jsonl")
+    (tmp_path / "round").symlink_to(".")
+    for path in (tmp_path, tmp_path / "*.jsonl", tmp_path / "**" / "*.jsonl"):
+        files, ignored = resolve_sources([Source(path=path)])
+        assert [file.path for file in files] == [str(tmp_path / "a.jsonl")]
+        assert str(tmp_path / "again.jsonl") in ignored
+
+
+def test_a_name_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    filled(tmp_path, "a.jsonl")
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    Path(name).write_bytes((tmp_path / "a.jsonl").read_bytes())
+    message = refusal(Source(path=tmp_path))
+    assert "the file's name is not UTF-8; rename it" in message
+    message.encode()  # it can be printed
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
 def test_a_forbidden_file_is_named(tmp_path: Path) -> None:
     path = filled(tmp_path, "a.jsonl") / "a.jsonl"
