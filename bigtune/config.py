@@ -9,9 +9,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
-FilePath = Annotated[
-    Path, Strict(False), BeforeValidator(lambda value: Path(value) if isinstance(value, str) else value)
-]
+
+def _path(value: Any) -> Any:
+    if value == "":
+        raise ValueError("an empty path; name a file or folder")  # Python takes it for the current folder
+    return Path(value) if isinstance(value, str) else value
+
+
+FilePath = Annotated[Path, Strict(False), BeforeValidator(_path)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 ROLES = ("system", "user", "assistant", "tool")
 

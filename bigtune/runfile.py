@@ -49,6 +49,8 @@ for _side in (_Loader, _Dumper):
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ConfigError(f"{where}: not valid YAML: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # the latter for what looks like a date and is none
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -85,8 +87,10 @@ def resolve(tree: Mapping[str, Any], where: str = "run") -> Run:
     try:
         return Run.model_validate(dict(tree))
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+        # A list with a wrong item is said to be too short as well.
+        inner = {problem["loc"][:depth] for problem in error.errors() for depth in range(len(problem["loc"]))}
+        problems = [each for each in error.errors() if each["type"] != "too_short" or each["loc"] not in inner]
+        raise ConfigError(f"{where}: " + "; ".join(map(_explain, problems))) from None
 
 
 def to_yaml(run: Run) -> str:

@@ -54,6 +54,11 @@ def test_a_run_cannot_be_changed() -> None:
         run.train.seed = 3
 
 
+@pytest.mark.parametrize("data", [{"sources": [{"path": ""}]}, {"store": ""}])
+def test_an_empty_path_is_not_the_current_folder(data: dict[str, Any]) -> None:
+    assert refused(**data).endswith("an empty path; name a file or folder")  # and nothing else is wrong
+
+
 def test_decontamination_needs_held_out_rows() -> None:
     told = "data.clean.decontaminate compares with held-out rows, and there are none; name them in evaluate.sources"
     assert refused(clean={"decontaminate": 13}).endswith(f"{told}, or set data.holdout")

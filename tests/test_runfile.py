@@ -194,6 +194,9 @@ def test_a_missing_or_unreadable_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(MINIMAL.encode() + b"# \xe9\n")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_run(tmp_path / "latin.yaml")
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 5000)
+    with pytest.raises(ConfigError, match=r"deep\.yaml: not valid YAML: nested too deeply"):
+        load_run(tmp_path / "deep.yaml")
     assert "a run file is a mapping of sections" in refused(tmp_path, "")
     assert "a run file is a mapping of sections" in refused(tmp_path, "- model\n")
     assert "run.yaml, line 2: not valid YAML" in refused(tmp_path, "model: {path: x}\n data: 3\n")
