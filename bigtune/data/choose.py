@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bigtune.config import Clean
+from bigtune.data.arrow import numpy_numbers
 from bigtune.data.clean import Features, Removals, select
 from bigtune.data.duplicates import Column, Signatures
 from bigtune.data.features import features
@@ -91,7 +92,7 @@ def choose(columns: Columns, clean: Clean, holdout: float | int | None) -> Choic
 def choose_collected(collected: Collected, recipe: Recipe, below: int) -> Verdict:
     """The same for the documents of one chunk, where rows are judged one by one."""
     made = features(collected.conversations, recipe.clean, recipe.overlap)
-    columns = {name: column.to_numpy(zero_copy_only=False) for name, column in made.items()}
+    columns = {name: numpy_numbers(column) for name, column in made.items()}
     return _judge(
         np.array(collected.owners, dtype=np.int64),
         np.array([conversation.content_hash for conversation in collected.conversations], dtype=np.uint64),

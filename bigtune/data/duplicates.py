@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from bigtune.data.arrow import numpy_numbers
+
 Rows = npt.NDArray[np.int64]
 
 EMPTY = np.iinfo(np.uint32).max  # the MinHash value of no element
@@ -149,11 +151,7 @@ class Signatures:
 
     def __init__(self, column: Any) -> None:
         """`column` is a `pa.ChunkedArray` of fixed-size lists, as the memory-mapped file gives it."""
-        self._chunks = [
-            chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1)
-            for chunk in column.chunks
-            if len(chunk)
-        ]
+        self._chunks = [numpy_numbers(chunk.flatten()).reshape(len(chunk), -1) for chunk in column.chunks if len(chunk)]
         self._starts = np.cumsum([0, *map(len, self._chunks)])
         self._width = column.type.list_size
 

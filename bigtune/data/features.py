@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from bigtune.config import Clean
+from bigtune.data.arrow import arrow_numbers
 from bigtune.data.conversation import Conversation, hash64
 from bigtune.data.overlap import Overlap
 from bigtune.data.words import Spoken, Words, ngrams, spoken
@@ -69,9 +70,9 @@ def features(conversations: Sequence[Conversation], clean: Clean, overlap: Overl
     columns: dict[str, Any] = {}
     if clean.min_answer_characters is not None:
         lengths = [sum(len(text.strip()) for text in texts) for texts in answers]
-        columns["answer_characters"] = pa.array(lengths, pa.int32())
+        columns["answer_characters"] = arrow_numbers(np.array(lengths, np.int32))
     if clean.same_answer_at_most is not None:
-        columns["answer"] = pa.array([_answer_hash(texts) for texts in answers], pa.uint64())
+        columns["answer"] = arrow_numbers(np.array([_answer_hash(texts) for texts in answers], np.uint64))
     columns |= _of_words(said, clean, overlap)
     return {field.name: columns[field.name] for field in feature_schema(clean)}
 
@@ -83,7 +84,7 @@ def _of_words(said: Sequence[Sequence[Spoken]], clean: Clean, overlap: Overlap |
         return columns
     words = Words.of(said)
     if clean.max_repetition is not None:
-        columns["repetition"] = pa.array(_repetition(words, len(said)), pa.float32())
+        columns["repetition"] = arrow_numbers(_repetition(words, len(said)))
     if clean.decontaminate is not None:
         overlaps = np.zeros(len(said), np.bool_)
         if overlap is not None:
@@ -91,7 +92,7 @@ def _of_words(said: Sequence[Sequence[Spoken]], clean: Clean, overlap: Overlap |
         columns["overlaps"] = pa.array(overlaps)
     if clean.near_duplicates is not None:
         signatures = _minhash(words, len(said))
-        columns["minhash"] = pa.FixedSizeListArray.from_arrays(pa.array(signatures.reshape(-1)), PERMUTATIONS)
+        columns["minhash"] = pa.FixedSizeListArray.from_arrays(arrow_numbers(signatures.reshape(-1)), PERMUTATIONS)
     return columns
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from bigtune.data.arrow import arrow_lists, arrow_numbers
 from bigtune.data.conversation import Conversation, hash64
 from bigtune.data.document import Document
 from bigtune.data.features import feature_schema, features
@@ -108,28 +110,27 @@ def _counts(collected: Collected) -> PartCounts:
 
 
 def _record_batch(collected: Collected, recipe: Recipe) -> pa.RecordBatch:
-    owners = pa.array(collected.owners, pa.int64())
-    of = [collected.conversations[owner] for owner in collected.owners]
+    owners = np.array(collected.owners, np.int64)
+    documents, of = collected.documents, [collected.conversations[owner] for owner in collected.owners]
     columns = [
-        _lists([document.input_ids for document in collected.documents], pa.int32()),
-        _lists([document.spans.reshape(-1) for document in collected.documents], pa.int32()),
-        _lists([document.weights for document in collected.documents], pa.float32()),
-        pa.array([document.supervised for document in collected.documents], pa.int32()),
-        pa.array([conversation.row for conversation in of], pa.int64()),
-        pa.array(collected.parts, pa.int32()),
-        pa.array([conversation.content_hash for conversation in of], pa.uint64()),
-        pa.array([hash64(conversation.id) if conversation.id else 0 for conversation in of], pa.uint64()),
+        _lists([document.input_ids for document in documents], np.int32),
+        _lists([document.spans.reshape(-1) for document in documents], np.int32),
+        _lists([document.weights for document in documents], np.float32),
+        arrow_numbers(np.array([document.supervised for document in documents], np.int32)),
+        arrow_numbers(np.array([conversation.row for conversation in of], np.int64)),
+        arrow_numbers(np.array(collected.parts, np.int32)),
+        arrow_numbers(np.array([conversation.content_hash for conversation in of], np.uint64)),
+        arrow_numbers(np.array([hash64(conversation.id) if conversation.id else 0 for conversation in of], np.uint64)),
     ]
     schema = list(SCHEMA)
     extra = feature_schema(recipe.clean)
     if extra:
         made = features(collected.conversations, recipe.clean, recipe.overlap)
-        columns += [made[column.name].take(owners) for column in extra]
+        columns += [made[column.name].take(arrow_numbers(owners)) for column in extra]
         schema += extra
     return pa.record_batch(columns, schema=pa.schema(schema))
 
 
-def _lists(arrays: Sequence[Any], kind: Any) -> Any:
+def _lists(arrays: Sequence[npt.NDArray[Any]], kind: type[np.generic]) -> pa.ListArray:
     offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64).astype(np.int32)
-    values = np.concatenate(arrays) if arrays else np.empty(0)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind))
+    return arrow_lists(offsets, np.concatenate(arrays, dtype=kind) if arrays else np.empty(0, kind))

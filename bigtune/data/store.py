@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from bigtune.data.arrow import numpy_lists, numpy_numbers
 from bigtune.data.document import Document
 from bigtune.data.manifest import MANIFEST, Manifest, PartCounts, read_manifest
 from bigtune.errors import DataError
@@ -166,17 +167,14 @@ class Columns:
         """Raises DataError if a part is missing or broken."""
         self._batches = [_map(path) for path in paths]
         self._starts = np.cumsum([0, *map(len, self._batches)])
-        self._lists = [[_views(batch.column(name)) for name in LISTS] for batch in self._batches]
+        self._lists = [[numpy_lists(batch.column(name)) for name in LISTS] for batch in self._batches]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def numbers(self, name: str) -> npt.NDArray[Any]:
         """A column of numbers as one array, [N]."""
-        parts = []
-        for batch in self._batches:
-            column = batch.column(name)
-            parts.append(column.to_numpy(zero_copy_only=False))  # booleans are bits in Arrow
+        parts = [numpy_numbers(batch.column(name)) for batch in self._batches]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def chunked(self, name: str) -> Any:
@@ -219,11 +217,6 @@ def _map(path: Path) -> pa.RecordBatch:
     if any(batch.schema.get_field_index(field.name) < 0 for field in SCHEMA):
         raise DataError(f"{path}: not a part of a document store; {again}")
     return batch
-
-
-def _views(column: Any) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any]]:
-    """Offsets and values of a list column, without a copy."""
-    return column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True)
 
 
 class Store:

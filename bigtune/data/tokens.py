@@ -72,11 +72,7 @@ class Tokens:
 
     def spelled(self, value: Any) -> bool:
         """Whether a special token is spelled in a text, or anywhere in lists and mappings of texts."""
-        if isinstance(value, str):
-            return self._special.search(value) is not None
-        if isinstance(value, Mapping):
-            value = [*value, *value.values()]
-        return isinstance(value, (list, tuple)) and any(map(self.spelled, value))
+        return self._special.search("\0".join(_texts(value))) is not None
 
     def hide(self, value: Any) -> Any:
         """The same with characters of no meaning in place of spelled special tokens.
@@ -231,6 +227,23 @@ class Tokens:
         }
         written = sum(line.count(letter) // length for letter, length in lengths.items())
         return written == sum(id in counted for id in ids)
+
+
+def _texts(value: Any) -> list[str]:
+    """All that is said in a text, or anywhere in lists and mappings of texts."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if not isinstance(value, list | tuple):
+        return []
+    texts = []
+    for item in value:
+        if type(item) is str:
+            texts.append(item)
+        else:
+            texts += _texts(item)
+    return texts
 
 
 def _bare(tokenizer: Tokenizer) -> Tokenizer:

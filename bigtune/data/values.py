@@ -67,6 +67,8 @@ def list_at(row: Mapping[str, Any], key: str, what: str = "objects") -> list[Any
 
 
 def objects_at(row: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    if key not in row:
+        return []
     values = list_at(row, key)
     if not all(isinstance(value, dict) for value in values):
         raise BadRow("wrong type of value", f": '{key}' is no list of objects")
