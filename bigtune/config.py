@@ -233,6 +233,15 @@ class Optim(Section):
     max_grad_norm: float = Field(default=1.0, ge=0, description="clips the global norm; 0 turns it off")
 
 
+class Loss(Section):
+    """What is minimised beside the cross-entropy of the supervised tokens."""
+
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each label that is spread over the vocabulary"
+    )
+    z_loss: float = Field(default=0.0, ge=0, description="times the squared log of the softmax's denominator")
+
+
 class Train(Section):
     """How long and in which batches. Batches are counted in packed rows."""
 
@@ -285,6 +294,7 @@ class Run(Section):
     model: Model
     data: Data
     optim: Optim = Optim()
+    loss: Loss = Loss()
     train: Train
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate | None = None

@@ -1,43 +1,72 @@
-"""Output layer and cross-entropy in one module, on supervised positions only, chunk by chunk.
+"""Output layer and loss in one module, on supervised positions only, chunk by chunk.
 
 Logits exist for one chunk of positions at a time, in the forward pass only: it computes both gradients as
 well, and the backward pass just scales them. The module holds the output layer's own weight, tied or not,
 and is called exactly once a micro-batch on every rank, with no position at all if nothing is supervised;
 otherwise ZeRO-3's collectives would fall out of step and hang.
 
+A model whose logits this module does not give, exactly, keeps its own output layer: see `full_logits_loss`.
+
 Shapes: T supervised tokens, C tokens of a chunk, D model width, V vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bigtune.errors import ModelError
+from bigtune.config import Loss
 
 CHUNK_LOGITS = 2**24
 """How many logits a chunk holds at most: 64 MiB of float32."""
+
+Losses = tuple[torch.Tensor, torch.Tensor]
+"""Two float32 scalars in nats, summed over positions by their weights: what is minimised, and, without a gradient, the
+cross-entropy alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a model does to its logits after the output layer: multiplies them, then caps them softly."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "Change":
+        """As configs of transformers say it: Cohere multiplies, Granite divides, Gemma 2 caps."""
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
 
 
 class LossHead(nn.Module):
     """Replaces a model's output layer; keeps its parameters under their own names."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, change: Change = Change(), loss: Loss = Loss()) -> None:  # noqa: B008  # frozen
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
+        self.change, self.loss = change, loss
 
-    def forward(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of the cross-entropies of T positions, a float32 scalar in nats; 0 for T = 0.
+    def forward(
+        self, hidden_D: torch.Tensor, targets_T: torch.Tensor | None = None, weights_T: torch.Tensor | None = None
+    ) -> Losses | torch.Tensor:
+        """The loss of T positions, of hidden states [T, D]; 0 for T = 0.
 
-        `weights_T` is float32; weights of 1 change no bit of the plain sum and its gradients.
+        `weights_T` is float32; weights of 1 change no bit of the plain sum and its gradients. Without targets this is
+        the plain output layer that the model's own forward pass expects: logits [..., V] of hidden states [..., D].
         """
-        loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_TD, self.weight, self.bias, targets_T, weights_T)
-        return loss
+        if targets_T is None or weights_T is None:
+            return nn.functional.linear(hidden_D, self.weight, self.bias)
+        losses: Losses = _ChunkedLoss.apply(
+            hidden_D, self.weight, self.bias, targets_T, weights_T, self.change, self.loss
+        )
+        return losses
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -46,9 +75,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias_V: torch.Tensor | None,
         targets_T: torch.Tensor,
         weights_T: torch.Tensor,
-    ) -> torch.Tensor:
+        change: Change,
+        loss: Loss,
+    ) -> Losses:
         tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        minimised, plain = torch.zeros(2, dtype=torch.float32, device=hidden_TD.device)
         # Gradients of the weight are summed over chunks in float32, whatever the model's precision.
         grad_hidden_TD = torch.zeros_like(hidden_TD)
         grad_weight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
@@ -58,14 +89,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_CD, targets_C, weights_C = (
                 part[start : start + chunk] for part in (hidden_TD, targets_T, weights_T)
             )
-            logits_CV = nn.functional.linear(hidden_CD, weight_VD, bias_V).float()
+            logits_CV, slope_CV = _changed(nn.functional.linear(hidden_CD, weight_VD, bias_V).float(), change)
             log_sum_C = torch.logsumexp(logits_CV, dim=-1)
             chosen_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1)
-            loss += ((log_sum_C - chosen_C) * weights_C).sum()
-            # d loss / d logits = weight × (softmax - one-hot), written over the logits.
+            plain += ((log_sum_C - chosen_C) * weights_C).sum()
+            minimised += (_minimised(logits_CV, log_sum_C, chosen_C, loss) * weights_C).sum()
+            # The gradient of the logits, written over them. For the plain loss it is softmax - one-hot.
             grad_CV = logits_CV.sub_(log_sum_C[:, None]).exp_()
-            grad_CV[torch.arange(len(targets_C), device=grad_CV.device), targets_C] -= 1.0
+            if loss.z_loss:
+                grad_CV *= 1.0 + 2.0 * loss.z_loss * log_sum_C[:, None]
+            if loss.label_smoothing:
+                grad_CV -= loss.label_smoothing / vocabulary
+            grad_CV[torch.arange(len(targets_C), device=grad_CV.device), targets_C] -= 1.0 - loss.label_smoothing
             grad_CV *= weights_C[:, None]  # always: to ask whether any is not 1 would make a GPU wait
+            if slope_CV is not None:
+                grad_CV *= slope_CV
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(hidden_CD.dtype)
@@ -76,31 +114,54 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight_VD += grad_CV.T @ hidden_CD
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype))
         ctx.grad_bias_V = None if grad_bias_V is None or bias_V is None else grad_bias_V.to(bias_V.dtype)
-        return loss
+        ctx.mark_non_differentiable(plain)
+        return minimised, plain
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         grad_bias_V = None if ctx.grad_bias_V is None else ctx.grad_bias_V * grad_loss
-        return grad_hidden_TD * grad_loss, grad_weight_VD.mul_(grad_loss), grad_bias_V, None, None
+        return grad_hidden_TD * grad_loss, grad_weight_VD.mul_(grad_loss), grad_bias_V, None, None, None, None
 
 
-def replace_head(model: PreTrainedModel) -> LossHead:
-    """Put a `LossHead` where the model has its output layer, and return it.
+def _changed(logits: torch.Tensor, change: Change) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits as the model changes them, in place, and how steeply they rise with what they were; None for 1."""
+    if change.scale != 1.0:
+        logits *= change.scale
+    if change.softcap is None:
+        return logits, None if change.scale == 1.0 else torch.tensor(change.scale, device=logits.device)
+    logits = logits.div_(change.softcap).tanh_()
+    slope = (1.0 - logits.square()).mul_(change.scale)
+    return logits.mul_(change.softcap), slope
 
-    Raises:
-        ModelError: the output layer is not a plain linear one, or the model changes its logits afterwards.
+
+def _minimised(logits: torch.Tensor, log_sum: torch.Tensor, chosen: torch.Tensor, loss: Loss) -> torch.Tensor:
+    """Cross-entropy with smoothed labels (https://arxiv.org/abs/1512.00567) and a penalty on the square of the
+    partition function's logarithm, the z-loss (https://arxiv.org/abs/2204.02311), of each position [C]."""
+    each = log_sum - chosen
+    if loss.label_smoothing:
+        each = log_sum - (1.0 - loss.label_smoothing) * chosen - loss.label_smoothing * logits.mean(-1)
+    return each + loss.z_loss * log_sum.square() if loss.z_loss else each
+
+
+def full_logits_loss(logits_TV: torch.Tensor, targets_T: torch.Tensor, weights_T: torch.Tensor, loss: Loss) -> Losses:
+    """The same from logits that the model itself has computed, all at once."""
+    logits = logits_TV.float()
+    log_sum, chosen = torch.logsumexp(logits, dim=-1), logits.gather(1, targets_T[:, None]).squeeze(1)
+    plain = ((log_sum - chosen) * weights_T).sum().detach()
+    return (_minimised(logits, log_sum, chosen, loss) * weights_T).sum(), plain
+
+
+def replace_head(model: PreTrainedModel, loss: Loss = Loss()) -> LossHead | None:  # noqa: B008  # frozen
+    """Put a `LossHead` where the model has its output layer, and return it; None, and nothing done, where the output
+    layer is no plain linear one.
+
+    That the head gives the model's own logits is shown by tests for the types in `bigtune.model.load.EXACT`, and by
+    a probe for the others.
     """
     linear = model.get_output_embeddings()
-    config = model.config
-    changed = [
-        name
-        for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0))
-        if getattr(config, name, neutral) not in (None, neutral)
-    ]
-    if type(linear) is not nn.Linear or changed:
-        why = f"its config sets {', '.join(changed)}" if changed else f"its output layer is {type(linear).__name__}"
-        raise ModelError(f"{config.model_type}: {why}, which bigtune's loss head does not support yet")
-    head = LossHead(linear)
+    if type(linear) is not nn.Linear:
+        return None
+    head = LossHead(linear, Change.of(model.config), loss)
     model.set_output_embeddings(head)
     return head

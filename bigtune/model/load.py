@@ -17,8 +17,10 @@ from bigtune.model import attention
 from bigtune.model.shards import Shards
 
 EXACT = (
-    "arcee", "ernie4_5", "gemma", "gemma3_text", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "llama",
-    "mistral", "nemotron", "olmo", "olmo2", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
+    "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm",
+    "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "helium", "hunyuan_v1_dense", "llama", "mistral", "nemotron",
+    "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm",
+    "starcoder2",
 )  # fmt: skip
 """Model types of which a test holds that packed documents equal each alone, and that the loss head computes what the
 model's own logits give. Layers that bypass the attention interface, or count positions themselves, train silently

@@ -14,10 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bigtune.checkpoint.layout import Parameter
-from bigtune.config import Optim
+from bigtune.config import Loss, Optim
 from bigtune.data.collate import MicroBatch
 from bigtune.dist import World, device
-from bigtune.model.head import LossHead, replace_head
+from bigtune.model.attention import documents
+from bigtune.model.head import Losses, full_logits_loss, replace_head
 from bigtune.model.load import check_tensors, materialise_buffers, skeleton
 from bigtune.model.shards import Shards
 from bigtune.train.optim import build_optimizer, parameter_groups
@@ -39,23 +40,26 @@ def connect(world: World) -> None:
 class Objective(nn.Module):
     """A causal language model with its loss: what the engine calls, once a micro-batch on every rank."""
 
-    def __init__(self, model: PreTrainedModel, head: LossHead) -> None:
+    def __init__(self, model: PreTrainedModel, loss: Loss) -> None:
         super().__init__()
-        self.model, self.head = model, head
+        self.model, self.loss = model, loss
+        self.head = replace_head(model, loss)
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """The weighted sum of the cross-entropies of the micro-batch's supervised tokens, a float32 scalar in nats."""
+    def forward(self, batch: MicroBatch) -> Losses:
+        """The losses of the micro-batch's supervised tokens."""
         here = device()
-        hidden_SD = self.model.base_model(
-            input_ids=torch.from_numpy(batch.input_ids)[None].to(here),
-            position_ids=torch.from_numpy(batch.position_ids)[None].to(here),
-            use_cache=False,
-            document_offsets=batch.document_offsets.tolist(),
-        )[0][0]
         predict_at_T, targets_T, weights_T = (
             torch.from_numpy(array).to(here) for array in (batch.predict_at, batch.targets, batch.weights)
         )
-        return cast(torch.Tensor, self.head(hidden_SD[predict_at_T], targets_T, weights_T))
+        inputs = {
+            "input_ids": torch.from_numpy(batch.input_ids)[None].to(here),
+            "position_ids": torch.from_numpy(batch.position_ids)[None].to(here),
+            "use_cache": False,
+        }
+        if self.head is None:
+            return full_logits_loss(self.model(**inputs).logits[0][predict_at_T], targets_T, weights_T, self.loss)
+        hidden_SD = self.model.base_model(**inputs)[0][0]
+        return cast(Losses, self.head(hidden_SD[predict_at_T], targets_T, weights_T))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,7 @@ class Engine:
         precision: str,
         world: World,
         cpu_adam: bool = False,
+        loss: Loss = Loss(),  # noqa: B008  # frozen
     ) -> None:
         """Load this rank's partitions and set the engine up.
 
@@ -87,7 +92,7 @@ class Engine:
             cpu_adam: whether DeepSpeed's own Adam for states in host memory is built.
 
         Raises:
-            ModelError: the folder is no model, tensors are missing or misshapen, or the head is unsupported.
+            ModelError: the folder is no model, tensors are missing or misshapen.
         """
         import deepspeed
 
@@ -98,12 +103,12 @@ class Engine:
         self.tied = _tied_names(model)
         materialise_buffers(model, shards, device())  # while the parameters have their shapes
         self.parameters = _partition(model, shards, ds_config, dtype, world)
-        head = replace_head(model)
+        objective = Objective(model, loss)
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload and cpu_adam else torch.optim.AdamW
         self.world, self.dtype = world, precision
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=Objective(model, head),
+            model=objective,
             optimizer=build_optimizer(parameter_groups(model, optim), optim, adamw),
             config=ds_config,
         )
@@ -119,13 +124,14 @@ class Engine:
             last: whether this is the step's last micro-batch.
 
         Returns:
-            This micro-batch's weighted sum of losses, detached.
+            This micro-batch's weighted sum of cross-entropies, detached.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        loss: torch.Tensor = self._engine(batch)
-        # DeepSpeed averages gradients over the ranks; times world makes that the sum which rule 1 asks for.
-        self._engine.backward(loss * (self.world.world_size / (weight or 1.0)), scale_wrt_gas=False)
-        return loss.detach()
+        with documents(batch.document_offsets.tolist()):
+            loss, cross_entropy = self._engine(batch)
+            # DeepSpeed averages gradients over the ranks; times world makes that the sum which rule 1 asks for.
+            self._engine.backward(loss * (self.world.world_size / (weight or 1.0)), scale_wrt_gas=False)
+        return cast(torch.Tensor, cross_entropy)
 
     def step(self, learning_rate: float) -> bool:
         """The optimizer step of the gradients so far; False if it was skipped for a non-finite one."""

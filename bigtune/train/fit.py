@@ -36,11 +36,11 @@ def check_fit(config: Any, rows: Rows) -> None:
     """Refuse documents that the model cannot compute as it was made to.
 
     Args:
-        config: of the model; a sliding window matters where a layer uses it.
+        config: of the model.
 
     Raises:
         ModelError: the tokenizer gave a token that the model has no embedding for.
-        DataError: a document is longer than the model's context, or than a window that packed attention lacks.
+        DataError: a document is longer than the model's context.
     """
     highest = rows.highest_token
     if highest >= config.vocab_size:
@@ -49,16 +49,9 @@ def check_fit(config: Any, rows: Rows) -> None:
             "resize the model's embeddings, or bring the tokenizer that belongs to it"
         )
     longest, where = rows.longest()
-    layers = getattr(config, "layer_types", None)
-    windowed = layers is None or "sliding_attention" in layers
-    limits = {
-        "the model's context": getattr(config, "max_position_embeddings", None),
-        "the model's sliding window, which packed attention does not support yet,": windowed
-        and getattr(config, "sliding_window", None),
-    }
-    for what, limit in limits.items():
-        if limit and longest > limit:
-            raise DataError(
-                f"{where}: a document of {longest:,} tokens, where {what} has {limit:,}; "
-                f"set data.sequence_length to {limit:,} or less"
-            )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and longest > limit:
+        raise DataError(
+            f"{where}: a document of {longest:,} tokens, where the model's context has {limit:,}; "
+            f"set data.sequence_length to {limit:,} or less"
+        )

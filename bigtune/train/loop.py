@@ -64,7 +64,7 @@ def train(
         precision = _precision(run.train, start)
         ds_config = _settle(run, precision, rows, world)
         console.say(_headline(run, world, steps, precision, rows))
-        engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam)
+        engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam, run.loss)
         if start:
             _restore(engine, start, console)
         metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began)

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from bigtune.errors import ModelError
 from bigtune.model import attention
-from bigtune.model.attention import packed_attention
+from bigtune.model.attention import documents, kernels_used, packed_attention
+from bigtune.model.blocks import Asked, block_attention
 from tests.tiny import VOCABULARY, tiny_llama
 
 LENGTHS = (7, 1, 12, 5)
@@ -49,16 +50,13 @@ def tokens_S() -> torch.Tensor:
     return torch.randint(VOCABULARY, (sum(LENGTHS),))
 
 
-def run(model: Any, tokens_S: torch.Tensor, offsets: tuple[int, ...] | None = OFFSETS) -> Any:
-    """Logits and the last hidden states of the packed sequence."""
+def run(model: Any, tokens_S: torch.Tensor, offsets: tuple[int, ...] = OFFSETS) -> Any:
+    """Logits and the hidden states of the packed sequence."""
     positions_S = torch.cat([torch.arange(length) for length in LENGTHS])
-    return model(
-        input_ids=tokens_S[None],
-        position_ids=positions_S[None],
-        use_cache=False,
-        document_offsets=None if offsets is None else list(offsets),
-        output_hidden_states=True,
-    )
+    with documents(offsets):
+        return model(
+            input_ids=tokens_S[None], position_ids=positions_S[None], use_cache=False, output_hidden_states=True
+        )
 
 
 def worst(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -93,11 +91,11 @@ def test_packed_gradients_are_the_sum_of_those_of_each_document_alone(
         assert worst(parameter.grad, wanted[name]) < 1e-5, name
 
 
-def test_without_the_offsets_documents_would_mix(
+def test_one_document_of_all_would_mix(
     packed: LlamaForCausalLM, alone: LlamaForCausalLM, tokens_S: torch.Tensor
 ) -> None:
     """The mutation: the comparison above must see it."""
-    mixed_SV, alone_SV = run(packed, tokens_S, offsets=None).logits[0], each_alone_SV(alone, tokens_S)
+    mixed_SV, alone_SV = run(packed, tokens_S, (0, OFFSETS[-1])).logits[0], each_alone_SV(alone, tokens_S)
     assert worst(mixed_SV[:7], alone_SV[:7]) < 1e-5  # the first has nothing before it
     for start, end in list(pairwise(OFFSETS))[1:]:
         assert worst(mixed_SV[start:end], alone_SV[start:end]) > 1e-2
@@ -116,38 +114,61 @@ def test_other_documents_leave_no_trace_in_any_bit(packed: LlamaForCausalLM, tok
             assert not torch.equal(old[0, start:end], new[0, start:end])
 
 
-def test_one_document_needs_no_offsets(packed: LlamaForCausalLM, tokens_S: torch.Tensor) -> None:
-    with_offsets = packed(tokens_S[None], document_offsets=[0, len(tokens_S)]).logits
-    assert torch.equal(packed(tokens_S[None]).logits, with_offsets)
-
-
 def tensors(length: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8), torch.randn(1, 2, length, 8)
 
 
+def attend(qkv: tuple[torch.Tensor, ...], mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    query, key, value = qkv
+    with documents((0, 1, 6)):
+        return packed_attention(torch.nn.Identity(), query, key, value, mask, **options)[0]
+
+
 @pytest.mark.parametrize(
-    ("option", "complaint"),
+    ("options", "asked", "kernel"),
     [
-        ({"sliding_window": 4}, "a sliding window of 4 tokens, shorter than a document of 5"),
-        ({"softcap": 50.0}, "a soft cap on attention scores"),
-        ({"s_aux": torch.zeros(4)}, "attention sinks"),
-        ({"is_causal": False}, "bidirectional attention"),
+        ({}, Asked(), "sdpa"),
+        ({"scaling": 0.3}, Asked(scale=0.3), "sdpa"),
+        ({"sliding_window": 3}, Asked(window=3), "blocks"),
+        ({"softcap": 2.0}, Asked(softcap=2.0), "blocks"),
+        ({"s_aux": torch.ones(4)}, Asked(sinks_H=torch.ones(4)), "blocks"),
+        ({"softcap": 2.0, "sliding_window": 3}, Asked(softcap=2.0, window=3), "blocks"),
     ],
-    ids=["window", "softcap", "sinks", "bidirectional"],
+    ids=["plain", "scaled", "window", "soft cap", "sinks", "soft cap in a window"],
 )
-def test_what_would_be_dropped_is_refused(option: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ModelError, match=f"the model uses {complaint}, which packed attention does not support yet"):
-        packed_attention(torch.nn.Identity(), *tensors(), None, document_offsets=[0, 1, 6], **option)
+def test_what_a_layer_asks_for_is_done_and_told(options: dict[str, Any], asked: Asked, kernel: str) -> None:
+    qkv = tensors()
+    kernels_used.clear()
+    torch.testing.assert_close(attend(qkv, **options), block_attention(qkv, (0, 1, 6), asked).transpose(1, 2))
+    assert kernels_used == {str(asked): kernel}
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"is_causal": False}, "attention to later tokens"),
+        ({"position_bias": torch.zeros(1)}, "a bias by position"),
+        ({"indices": torch.zeros(1)}, "a choice of keys"),
+        ({"mask": torch.zeros(6, 6)}, "a mask of its own"),
+    ],
+    ids=["bidirectional", "bias", "indices", "mask"],
+)
+def test_what_would_be_dropped_is_refused(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(ModelError, match=f"asks for {what}, which packed attention cannot do"):
+        attend(tensors(), **options)
 
 
 def test_a_window_that_no_document_reaches_changes_nothing() -> None:
-    inputs = tensors()
-    plain, _ = packed_attention(torch.nn.Identity(), *inputs, None, document_offsets=[0, 1, 6])
-    windowed, _ = packed_attention(torch.nn.Identity(), *inputs, None, document_offsets=[0, 1, 6], sliding_window=5)
+    qkv = tensors()
+    kernels_used.clear()
+    plain = attend(qkv)
     assert plain.shape == (1, 6, 4, 8)
-    assert torch.equal(plain, windowed)
+    assert torch.equal(plain, attend(qkv, sliding_window=5))
+    assert kernels_used == {"plain": "sdpa"}
 
 
-def test_offsets_of_another_sequence_are_refused() -> None:
-    with pytest.raises(ValueError, match="document offsets end at 5, the sequence at 6"):
-        packed_attention(torch.nn.Identity(), *tensors(), None, document_offsets=[0, 5])
+def test_documents_are_never_guessed() -> None:
+    with pytest.raises(ValueError, match="a sequence of 6 tokens, and documents at None"):
+        packed_attention(torch.nn.Identity(), *tensors(), None)
+    with documents([0, 5]), pytest.raises(ValueError, match=r"a sequence of 6 tokens, and documents at \(0, 5\)"):
+        packed_attention(torch.nn.Identity(), *tensors(), None)

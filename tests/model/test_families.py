@@ -17,61 +17,139 @@ from bigtune.model.load import EXACT, read_config, saved_buffers
 VOCABULARY = 64
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64, "initializer_range": 0.3,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+# What makes a family what it is, at a size that documents of a dozen tokens reach.
+OWN: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"logit_scale": 0.3, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "exaone4": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {
+        "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5,
+    },
+    "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
+    "mistral": {"sliding_window": 5},
+    "olmo3": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"sliding_window": 5},
+    "starcoder2": {"sliding_window": 5},
 }  # fmt: skip
 LENGTHS, OFFSETS = (7, 1, 12, 5), (0, 7, 8, 20, 25)
 
 
-def packed_and_alone(model_type: str) -> tuple[Any, torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """A random model with packed attention, its packed logits, each document's own, and the packed inputs."""
-    config = AutoConfig.for_model(model_type, **SMALL)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms of one value only would hide a mix-up
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    plain.load_state_dict(model.state_dict())
-    inputs: dict[str, Any] = {
-        "input_ids": torch.randint(3, VOCABULARY, (1, OFFSETS[-1])),
-        "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
-        "use_cache": False,
-        "document_offsets": list(OFFSETS),
-    }
-    with torch.no_grad():
-        packed_SV = model(**inputs).logits[0]
-        alone = [plain(inputs["input_ids"][:, start:end]).logits[0] for start, end in pairwise(OFFSETS)]
-    return model, packed_SV, torch.cat(alone), inputs
+def models(model_type: str) -> tuple[Any, Any]:
+    """The same random model with packed attention, and with transformers' own."""
+    made = []
+    for implementation in (attention.NAME, "eager"):
+        # Each its own config: a model writes into it which attention it has, and asks it in every pass.
+        config = AutoConfig.for_model(model_type, **SMALL, **OWN.get(model_type, {}))
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # norms of one value only would hide a mix-up
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        made.append(model)
+    packed, plain = made
+    assert all(torch.equal(a, b) for a, b in zip(packed.parameters(), plain.parameters(), strict=True))
+    return packed, plain
+
+
+def tokens() -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randint(3, VOCABULARY, (1, OFFSETS[-1]))
+
+
+def inputs() -> dict[str, Any]:
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    return {"input_ids": tokens(), "position_ids": positions, "use_cache": False}
+
+
+def alone(plain: Any) -> torch.Tensor:
+    """Logits [S, V] of each document by itself."""
+    return torch.cat([plain(tokens()[:, start:end]).logits[0] for start, end in pairwise(OFFSETS)])
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+    return float((found - wanted).detach().norm() / wanted.detach().norm())
 
 
 @pytest.mark.parametrize("model_type", EXACT)
-def test_packed_documents_and_the_loss_head_are_exact(model_type: str) -> None:
-    model, packed_SV, alone_SV, inputs = packed_and_alone(model_type)
+def test_packed_logits_and_gradients_are_those_of_each_document_alone(model_type: str) -> None:
+    packed, plain = models(model_type)
+    attention.kernels_used.clear()
+    with attention.documents(OFFSETS):
+        packed_SV = packed(**inputs()).logits[0]
+        torch.manual_seed(2)
+        direction_SV = torch.randn_like(packed_SV)
+        (packed_SV * direction_SV).sum().backward()
+    assert attention.kernels_used  # it was bigtune's attention, and no other
+    alone_SV = alone(plain)
+    (alone_SV * direction_SV).sum().backward()
     assert error(packed_SV, alone_SV) < 1e-5
-    assert not saved_buffers(model)  # merge would have to carry them
+    wanted = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in packed.named_parameters():
+        gradient = wanted[name]
+        assert (parameter.grad is None) == (gradient is None)
+        if parameter.grad is not None and gradient is not None and float(gradient.norm()) > 1e-4:
+            assert error(parameter.grad, gradient) < 1e-4, name
+
+
+@pytest.mark.parametrize("model_type", EXACT)
+def test_documents_that_mix_would_be_seen(model_type: str) -> None:
+    """The mutation: all documents as one."""
+    packed, plain = models(model_type)
+    with torch.no_grad(), attention.documents((0, OFFSETS[-1])):
+        assert error(packed(**inputs()).logits[0], alone(plain)) > 1e-2
+
+
+@pytest.mark.parametrize("model_type", EXACT)
+def test_the_loss_head_gives_the_loss_and_gradients_of_the_models_own_logits(model_type: str) -> None:
+    packed, plain = models(model_type)
     predict_at_T = torch.tensor([3, 4, 5, 10, 22])
-    targets_T = inputs["input_ids"][0, predict_at_T + 1]
+    targets_T = tokens()[0, predict_at_T + 1]
     weights_T = torch.tensor([1.0, 0.5, 1.0, 2.0, 0.25])
-    with torch.no_grad():
-        head = replace_head(model)
-        loss = head(model.base_model(**inputs)[0][0][predict_at_T], targets_T, weights_T)
-        wanted = (cross_entropy(alone_SV[predict_at_T], targets_T, reduction="none") * weights_T).sum()
+    assert not saved_buffers(packed)  # merge would have to carry them
+    head = replace_head(packed)
+    assert head is not None
+    with attention.documents(OFFSETS):
+        loss, _ = head(packed.base_model(**inputs())[0][0][predict_at_T], targets_T, weights_T)
+        loss.backward()
+    wanted = (cross_entropy(alone(plain)[predict_at_T], targets_T, reduction="none") * weights_T).sum()
+    wanted.backward()
     assert error(loss, wanted) < 1e-5
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in packed.named_parameters():
+        gradient = gradients[name]
+        if parameter.grad is not None and gradient is not None and float(gradient.norm()) > 1e-4:
+            assert error(parameter.grad, gradient) < 1e-4, name
 
 
-def test_a_family_that_counts_positions_itself_would_be_seen() -> None:
-    """The mutation: OPT is let through by transformers, and would train silently wrong."""
-    _, packed_SV, alone_SV, _ = packed_and_alone("opt")
-    assert error(packed_SV, alone_SV) > 1e-2
+@pytest.mark.parametrize("model_type", [name for name in OWN if name in EXACT])
+def test_what_makes_a_family_reaches_the_documents_of_these_tests(model_type: str, monkeypatch: Any) -> None:
+    """Otherwise the tests above would show nothing of windows, caps and scales."""
+    _, plain = models(model_type)
+    monkeypatch.delitem(OWN, model_type)
+    if model_type in ("mistral", "phi3", "starcoder2"):
+        monkeypatch.setitem(OWN, model_type, {"sliding_window": None})
+    elif "sliding_window" in AutoConfig.for_model(model_type, **SMALL).to_dict():
+        monkeypatch.setitem(OWN, model_type, {"sliding_window": 64})
+    _, without = models(model_type)
+    with torch.no_grad():
+        assert error(alone(without), alone(plain)) > 1e-3
 
 
-@pytest.mark.parametrize("model_type", ["opt", "bloom", "lfm2", "qwen3_next", "bert"])
+def test_a_family_that_goes_round_the_attention_interface_would_be_seen() -> None:
+    """The mutation: transformers lets Bloom through, and it would train silently wrong."""
+    packed, plain = models("bloom")
+    with torch.no_grad(), attention.documents(OFFSETS):
+        assert error(packed(**inputs()).logits[0], alone(plain)) > 1e-2
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "lfm2", "qwen3_next", "bert"])
 def test_another_type_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=f"models of type {model_type} are not verified to train exactly yet"):

@@ -1,4 +1,4 @@
-"""The chunked loss head computes what full logits and cross-entropy compute, and refuses what it cannot."""
+"""The chunked loss head computes what full logits and the losses of torch compute."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,23 +7,15 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from bigtune.errors import ModelError
+from bigtune.config import Loss
 from bigtune.model import head
-from bigtune.model.head import LossHead, replace_head
+from bigtune.model.head import Change, LossHead, full_logits_loss, replace_head
 
 TOKENS, WIDTH, VOCABULARY = 11, 24, 53
 WEIGHTS = (0.3, 1.0, 2.0, 0.0, 1.0, 0.7, 0.2, 2.5, 0.5, 0.1, 1.0)
+PLAIN, NO_MORE = Change(), Loss()
 
 
 def problem(
@@ -36,30 +28,91 @@ def problem(
 
 
 def by_head(
-    dtype: torch.dtype, scale: float = 1.0, weights: Sequence[float] = WEIGHTS, **shape: Any
-) -> list[torch.Tensor]:
+    dtype: torch.dtype, scale: float = 1.0, weights: Sequence[float] = WEIGHTS,
+    change: Change = PLAIN, kind: Loss = NO_MORE, **shape: Any,
+) -> list[torch.Tensor]:  # fmt: skip
     """Loss and gradients of hidden states, weight and bias; the loss is scaled before backward."""
     hidden, layer, targets = problem(dtype, **shape)
-    module = LossHead(layer)
-    loss = module(hidden, targets, torch.tensor(weights[: len(targets)], dtype=torch.float32))
+    module = LossHead(layer, change, kind)
+    loss, plain = module(hidden, targets, torch.tensor(weights[: len(targets)], dtype=torch.float32))
     assert (loss.dtype, loss.shape) == (torch.float32, ())
+    assert not plain.requires_grad
+    if kind == NO_MORE:
+        assert torch.equal(plain, loss)
     (loss * scale).backward()
     return [loss.detach(), *(tensor.grad for tensor in (hidden, *layer.parameters()) if tensor.grad is not None)]
 
 
 def by_full_logits(
-    scale: float = 1.0, exact: torch.dtype = torch.float32, weights: Sequence[float] = WEIGHTS, **shape: Any
-) -> list[torch.Tensor]:
-    """The same in one piece, from the values that `exact` rounds the problem to, computed in float64."""
+    scale: float = 1.0, exact: torch.dtype = torch.float32, weights: Sequence[float] = WEIGHTS,
+    change: Change = PLAIN, kind: Loss = NO_MORE, **shape: Any,
+) -> list[torch.Tensor]:  # fmt: skip
+    """The same by torch in one piece, from the values that `exact` rounds the problem to, computed in float64."""
     hidden, layer, targets = problem(exact, **shape)
     leaves = [tensor.detach().double().requires_grad_() for tensor in (hidden, *layer.parameters())]
-    loss = (cross_entropy(linear(*leaves), targets, reduction="none") * torch.tensor(weights).double()).sum()
+    logits = linear(*leaves) * change.scale
+    if change.softcap is not None:
+        logits = change.softcap * torch.tanh(logits / change.softcap)
+    each = cross_entropy(logits, targets, reduction="none", label_smoothing=kind.label_smoothing)
+    each = each + kind.z_loss * logits.logsumexp(-1).square()
+    loss = (each * torch.tensor(weights).double()).sum()
     (loss * scale).backward()
     return [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
+
+
+KINDS = {
+    "cohere": (Change(scale=0.3), NO_MORE),
+    "gemma": (Change(softcap=0.5), NO_MORE),
+    "scaled and capped": (Change(scale=3.0, softcap=1.0), NO_MORE),
+    "smoothed": (PLAIN, Loss(label_smoothing=0.1)),
+    "z-loss": (PLAIN, Loss(z_loss=0.05)),
+    "all": (Change(scale=2.0, softcap=1.5), Loss(label_smoothing=0.2, z_loss=0.01)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("chunk_tokens", [3, TOKENS])
+def test_every_change_of_logits_and_loss_is_exact(
+    name: str, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "CHUNK_LOGITS", chunk_tokens * VOCABULARY)
+    change, kind = KINDS[name]
+    wanted = by_full_logits(0.37, change=change, kind=kind)
+    for one, other in zip(by_head(torch.float32, 0.37, change=change, kind=kind), wanted, strict=True):
+        assert relative(one, other) < 2e-6
+    # The mutation: a head without it.
+    for one, other in zip(by_head(torch.float32, 0.37), wanted, strict=True):
+        assert relative(one, other) > 2e-3
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_cross_entropy_is_told_beside_what_is_minimised(name: str) -> None:
+    change, kind = KINDS[name]
+    hidden, layer, targets = problem(torch.float32)
+    weights = torch.tensor(WEIGHTS)
+    _, plain = LossHead(layer, change, kind)(hidden, targets, weights)
+    assert relative(plain, by_full_logits(change=change)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_full_logits_give_the_same(name: str) -> None:
+    """What a model falls back to whose output layer is no plain linear one."""
+    change, kind = KINDS[name]
+    hidden, layer, targets = problem(torch.float32)
+    logits = layer(hidden) * change.scale
+    if change.softcap is not None:
+        logits = change.softcap * torch.tanh(logits / change.softcap)
+    loss, plain = full_logits_loss(logits, targets, torch.tensor(WEIGHTS), kind)
+    assert not plain.requires_grad
+    assert relative(plain, by_full_logits(change=change)[0]) < 1e-6
+    loss.backward()
+    found = [loss.detach(), *(tensor.grad for tensor in (hidden, *layer.parameters()) if tensor.grad is not None)]
+    for one, other in zip(found, by_full_logits(change=change, kind=kind), strict=True):
+        assert relative(one, other) < 2e-6
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 4, TOKENS, 100])
@@ -102,7 +155,7 @@ def test_bfloat16_is_within_its_own_rounding(chunk_tokens: int, monkeypatch: pyt
 
 def test_large_logits_do_not_overflow() -> None:
     hidden, layer, targets = problem(torch.float32)
-    loss = LossHead(layer)((hidden * 1e4).detach(), targets, torch.ones(TOKENS))
+    loss, _ = LossHead(layer)((hidden * 1e4).detach(), targets, torch.ones(TOKENS))
     assert torch.isfinite(loss)
 
 
@@ -150,34 +203,50 @@ def test_the_head_keeps_the_models_own_parameters_under_their_names(tied: bool) 
     model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied))
     before = dict(model.named_parameters())
     module = replace_head(model)
+    assert module is not None
     assert model.get_output_embeddings() is module
     assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}
     assert (module.weight is model.get_input_embeddings().weight) is tied
 
 
-def test_a_model_that_changes_its_logits_afterwards_is_refused() -> None:
-    gemma = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=30.0))
-    with pytest.raises(ModelError, match="gemma2: its config sets final_logit_softcapping, which bigtune's loss head"):
-        replace_head(gemma)
-    granite = GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0))
-    with pytest.raises(ModelError, match="granite: its config sets logits_scaling"):
-        replace_head(granite)
-    replace_head(GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=1.0)))
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({"logit_scale": 0.0625}, Change(scale=0.0625)),
+        ({"logits_scaling": 8.0}, Change(scale=0.125)),
+        ({"logits_scaling": 1.0}, PLAIN),
+        ({"final_logit_softcapping": 30.0}, Change(softcap=30.0)),
+        ({"final_logit_softcapping": None}, PLAIN),
+        ({}, PLAIN),
+    ],
+)
+def test_what_a_model_does_to_its_logits_is_read_from_its_config(settings: dict[str, Any], change: Change) -> None:
+    assert Change.of(LlamaConfig(**settings)) == change
 
 
-def test_an_output_layer_that_is_not_plainly_linear_is_refused() -> None:
+def test_the_models_own_forward_pass_works_through_the_head() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    tokens = torch.randint(40, (1, 7))
+    before = model(tokens).logits
+    replace_head(model)
+    assert torch.equal(model(tokens).logits, before)
+
+
+def test_an_output_layer_that_is_not_plainly_linear_is_left_alone() -> None:
     class Scaled(nn.Linear):
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:
             return super().forward(hidden) * 2
 
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     model.set_output_embeddings(Scaled(16, 40, bias=False))
-    with pytest.raises(ModelError, match="llama: its output layer is Scaled, which bigtune's loss head"):
-        replace_head(model)
+    assert replace_head(model) is None
+    assert type(model.get_output_embeddings()) is Scaled
 
 
 def test_a_bias_of_the_output_layer_is_kept() -> None:
     model = PhiForCausalLM(PhiConfig(**SMALL))
     before = dict(model.named_parameters())
-    assert replace_head(model).bias is before["lm_head.bias"]
+    made = replace_head(model)
+    assert made is not None
+    assert made.bias is before["lm_head.bias"]
     assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig
 
 from bigtune.data.prepare import prepare
 from bigtune.data.rows import Rows
@@ -26,8 +26,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Rows:
 def test_what_fits_passes(store: Rows) -> None:
     longest, _ = store.longest()
     check_fit(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=longest), store)
-    check_fit(MistralConfig(vocab_size=VOCABULARY, sliding_window=longest), store)
-    check_fit(Qwen2Config(vocab_size=VOCABULARY, use_sliding_window=False, sliding_window=4), store)
+    check_fit(MistralConfig(vocab_size=VOCABULARY, sliding_window=4), store)  # attention has the window
 
 
 def test_tokens_without_an_embedding(store: Rows) -> None:
@@ -37,18 +36,12 @@ def test_tokens_without_an_embedding(store: Rows) -> None:
         check_fit(LlamaConfig(vocab_size=highest), store)
 
 
-def test_documents_longer_than_the_context_or_a_window(store: Rows) -> None:
+def test_documents_longer_than_the_context(store: Rows) -> None:
     longest, _ = store.longest()
     with pytest.raises(
         DataError, match=rf"rows.jsonl, row \d+: a document of {longest} tokens, where the model's cont"
     ):
         check_fit(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=longest - 1), store)
-    for config in (
-        MistralConfig(vocab_size=VOCABULARY, sliding_window=longest - 1),
-        Qwen2Config(vocab_size=VOCABULARY, use_sliding_window=True, sliding_window=longest - 1, max_window_layers=0),
-    ):
-        with pytest.raises(DataError, match=f"sliding window.* has {longest - 1}; set data.sequence_length to"):
-            check_fit(config, store)
 
 
 def test_a_stream_that_is_refused_leaves_no_process(tmp_path: Path) -> None:
