@@ -240,6 +240,9 @@ class Loss(Section):
         default=0.0, ge=0, lt=1, description="share of each label that is spread over the vocabulary"
     )
     z_loss: float = Field(default=0.0, ge=0, description="times the squared log of the softmax's denominator")
+    router_aux_loss: float | None = Field(
+        default=None, ge=0, description="times the imbalance of a mixture's experts; none: as the model's config says"
+    )
 
 
 class Train(Section):

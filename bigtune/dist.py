@@ -71,6 +71,17 @@ def all_sum(values: Sequence[float]) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
+def all_max(value: float) -> float:
+    """The largest of the ranks' numbers, on every rank."""
+    import torch
+    from torch import distributed
+
+    tensor = torch.tensor(value, dtype=torch.float64, device=device())
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return float(tensor)
+
+
 def from_main(value: float) -> float:
     """Rank 0's number, on every rank."""
     from torch import distributed

@@ -34,6 +34,34 @@ def tiny_llama(folder: Path, tied: bool = True, **changes: Any) -> Path:
     return folder
 
 
+def tiny_family(
+    folder: Path, model_type: str, experts: int = 4, save_original_format: bool = True, **changes: Any
+) -> Path:
+    """A random model of any type, with experts where it has some; norms are random as in `tiny_llama`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        model_type,
+        **{
+            "vocab_size": VOCABULARY + 1, "hidden_size": 36, "intermediate_size": 48, "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6,
+            "num_key_value_heads": 3, "head_dim": 6, "max_position_embeddings": 256, "initializer_range": 0.2,
+            "num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": 2, "bos_token_id": None,
+            "eos_token_id": 0, "pad_token_id": 1,
+        }
+        | changes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder, save_original_format=save_original_format)
+    return folder
+
+
 def byte_level_bpe(corpus: Sequence[str], vocabulary: int, specials: Sequence[str]) -> Any:
     """A byte-level BPE trained on a few lines; any text can be encoded, the special tokens come first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -23,6 +23,8 @@ from bigtune.errors import CheckpointError
 
 VERSION = 1
 FILE = "layout.json"
+BUFFERS = "buffers.safetensors"
+"""In model/: the tensors of the model's files that are no parameters, for the few models that have any."""
 MASTER = "master"
 """The kind of the float32 values; other kinds are the optimizer's names for its state tensors."""
 
@@ -79,12 +81,17 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All of a checkpoint. `tied` maps further names of a parameter to the name under which it is kept."""
+    """All of a checkpoint.
+
+    `tied` maps further names of a parameter to the name under which it is kept, and `joined` a parameter that the
+    model's files hold in pieces or under another name to the pieces' names and shapes, in the order of its elements.
+    """
 
     world_size: int
     dtype: str
     sub_groups: tuple[SubGroup, ...]
     tied: Mapping[str, str]
+    joined: Mapping[str, Mapping[str, tuple[int, ...]]]
 
     def parameters(self) -> Iterator[tuple[SubGroup, Parameter]]:
         """Every parameter once, with its sub-group."""
@@ -122,6 +129,10 @@ class Layout:
                 dtype=document["dtype"],
                 sub_groups=tuple(_sub_group(entry) for entry in document["sub_groups"]),
                 tied=document["tied"],
+                joined={
+                    name: {piece: tuple(shape) for piece, shape in pieces.items()}
+                    for name, pieces in document.get("joined", {}).items()
+                },
             )
         except FileNotFoundError:
             raise CheckpointError(f"{folder.absolute()}: no {FILE}; this is no bigtune checkpoint") from None

@@ -8,14 +8,15 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from bigtune.checkpoint.layout import MASTER, Layout, Parameter, SubGroup, latest, rank_file
+from bigtune.checkpoint.layout import BUFFERS, MASTER, Layout, Parameter, SubGroup, latest, rank_file
 from bigtune.errors import CheckpointError
 from bigtune.model.shards import INDEX, SINGLE
 
@@ -105,20 +106,25 @@ def _write_weights(
     shards = _split(layout, dtype, shard_bytes)
     total = sum(len(shard) for shard in shards)
     files = [_open(rank_file(checkpoint, rank, layout.world_size)) for rank in range(layout.world_size)]
+    buffers = load_file(folder / BUFFERS) if (folder / BUFFERS).exists() else {}
+    (folder / BUFFERS).unlink(missing_ok=True)
     weight_map: dict[str, str] = {}
+    done = size = 0
     for number, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
+        tensors, buffers = buffers, {}  # into the first file
         for sub_group, parameter in shard:
-            tensors[parameter.name] = _whole(files, layout, sub_group, parameter, dtype)
-            weight_map[parameter.name] = name
+            flat = _whole(files, layout, sub_group, parameter, dtype)
+            tensors |= _as_in_files(flat, layout, parameter)
+            done += 1
             if progress:
-                progress(len(weight_map), total)
+                progress(done, total)
+        weight_map |= dict.fromkeys(tensors, name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, folder / name, metadata={"format": "pt"})
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
     if len(shards) > 1:
-        size = sum(parameter.numel * dtype.itemsize for _, parameter in layout.parameters())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -144,7 +150,14 @@ def _whole(
     for piece in layout.ranges(sub_group, parameter):
         source = files[piece.rank].get_slice(f"{piece.sub_group}.{MASTER}")
         flat[piece.start : piece.start + piece.count] = source[piece.offset : piece.offset + piece.count]
-    return flat.view(parameter.shape)
+    return flat
+
+
+def _as_in_files(flat: torch.Tensor, layout: Layout, parameter: Parameter) -> dict[str, torch.Tensor]:
+    """A parameter's elements as the base model's files hold them: whole, or in pieces under names of their own."""
+    pieces = layout.joined.get(parameter.name, {parameter.name: parameter.shape})
+    parts = flat.split([prod(shape) for shape in pieces.values()])
+    return {name: part.view(shape) for part, (name, shape) in zip(parts, pieces.items(), strict=True)}
 
 
 def parse_size(text: str) -> int:

@@ -5,6 +5,7 @@ Shapes: S tokens of a micro-batch, N its documents, K their supervised spans, T 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,24 @@ class MicroBatch:
     def weight(self) -> float:
         """The summed weight of the supervised tokens: T where each weighs 1."""
         return float(self.weights.sum(dtype=np.float64))
+
+    def apart(self) -> list["MicroBatch"]:
+        """Each document in a micro-batch of its own."""
+        alone = []
+        for start, end in pairwise(self.document_offsets.tolist()):
+            here = slice(*np.searchsorted(self.predict_at, (start, end)))
+            alone.append(
+                MicroBatch(
+                    input_ids=self.input_ids[start:end],
+                    position_ids=self.position_ids[start:end],
+                    document_offsets=np.array([0, end - start], dtype=np.int32),
+                    predict_at=self.predict_at[here] - start,
+                    targets=self.targets[here],
+                    weights=self.weights[here],
+                    tokens=end - start if self.tokens else 0,
+                )
+            )
+        return alone
 
 
 def collate(rows: Sequence[Row]) -> MicroBatch:

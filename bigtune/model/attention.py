@@ -95,6 +95,11 @@ def packed_attention(
     return kernel(qkv, offsets, asked).transpose(1, 2).contiguous(), None
 
 
+def describe_kernels() -> str:
+    """What layers asked for and which kernels do it, in words."""
+    return ", ".join(f"{asked} by {kernel}" for asked, kernel in kernels_used.items()) or "the model's own"
+
+
 def _asked(
     longest: int, scale: float | None, dropout: float, mask: torch.Tensor | None, options: dict[str, Any]
 ) -> Asked:

@@ -65,6 +65,10 @@ class LossHead(nn.Module):
         )
         return losses
 
+    def logits(self, hidden_D: torch.Tensor) -> torch.Tensor:
+        """What the model's own logits [..., V] should be: of hidden states [..., D], float32."""
+        return _changed(self(hidden_D).float(), self.change)[0]
+
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
@@ -157,7 +161,7 @@ def replace_head(model: PreTrainedModel, loss: Loss = Loss()) -> LossHead | None
     layer is no plain linear one.
 
     That the head gives the model's own logits is shown by tests for the types in `bigtune.model.load.EXACT`, and by
-    a probe for the others.
+    `bigtune.train.probe` for the others.
     """
     linear = model.get_output_embeddings()
     if type(linear) is not nn.Linear:

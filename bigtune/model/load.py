@@ -7,31 +7,32 @@ No rank ever holds the whole model (design, rule 5).
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bigtune.errors import ModelError
 from bigtune.model import attention
-from bigtune.model.shards import Shards
+from bigtune.model.weights import Weights, saved_buffers
 
 EXACT = (
-    "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm",
-    "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "helium", "hunyuan_v1_dense", "llama", "mistral", "nemotron",
-    "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm",
-    "starcoder2",
+    "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "llama",
+    "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 """Model types of which a test holds that packed documents equal each alone, and that the loss head computes what the
-model's own logits give. Layers that bypass the attention interface, or count positions themselves, train silently
-wrong; hence no other is let in."""
+model's own logits give. Layers that bypass the attention interface, or count positions themselves, would train
+silently wrong; hence every other type is probed before a run (`bigtune.train.probe`)."""
 
 
 def read_config(folder: Path) -> Any:
     """The configuration of a model that bigtune can train, from a local folder only.
 
     Raises:
-        ModelError: the folder, or a readable config.json in it, is missing, or the model is of another type.
+        ModelError: the folder, or a readable config.json in it, is missing, or the model is no causal language model.
     """
     if not folder.is_dir():
         raise ModelError(f"model.path: {folder.absolute()} is no folder")
@@ -41,51 +42,24 @@ def read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}/config.json: {str(error).splitlines()[0]}") from None
-    if config.model_type not in EXACT:
-        raise ModelError(
-            f"{folder}: models of type {config.model_type} are not verified to train exactly yet; "
-            f"these are: {', '.join(EXACT)}"
-        )
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{folder}: models of type {config.model_type} predict no next token; give a decoder")
     return config
 
 
 def skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device, with packed attention; its parameters hold no memory."""
+    """The model on the meta device, with packed attention where it takes one; its parameters hold no memory."""
+    config = read_config(folder)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            read_config(folder), dtype=dtype, attn_implementation=attention.NAME
-        )
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+        except KeyError:  # a family that knows its own kinds of attention alone
+            model = AutoModelForCausalLM.from_config(read_config(folder), dtype=dtype, attn_implementation="eager")
     model.train()
-    return model
+    return cast(PreTrainedModel, model)
 
 
-def check_tensors(model: PreTrainedModel, shards: Shards) -> None:
-    """Every parameter and saved buffer has a tensor of its shape.
-
-    Raises:
-        ModelError: names the tensors that are missing or misshapen.
-    """
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    wanted |= {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
-    missing = [name for name in wanted if name not in shards.places]
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ModelError(f"{shards.folder}: the files lack {len(missing)} tensors of the model: {shown}")
-    for name, shape in wanted.items():
-        if shards.places[name].shape != shape:
-            raise ModelError(
-                f"{shards.folder}: tensor {name} has shape {list(shards.places[name].shape)}, "
-                f"the config asks for {list(shape)}"
-            )
-
-
-def saved_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The buffers that a model's files hold (few models have any)."""
-    saved = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
-
-
-def materialise_buffers(model: PreTrainedModel, shards: Shards, device: torch.device) -> None:
+def materialise_buffers(model: PreTrainedModel, weights: Weights, device: torch.device) -> None:
     """Give every buffer memory and its value: from the files, or as the model itself computes it.
 
     Call it before the parameters are partitioned: transformers initialises a module's buffers together with
@@ -98,7 +72,7 @@ def materialise_buffers(model: PreTrainedModel, shards: Shards, device: torch.de
             full = f"{module_name}.{name}" if module_name else name
             real = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
             if full in saved:
-                shards.read(full, 0, real.numel(), real.view(-1))
+                weights.read(full, 0, real.numel(), real.view(-1))
             else:
                 computed = True
             module._buffers[name] = real

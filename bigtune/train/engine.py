@@ -12,15 +12,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bigtune.checkpoint.layout import Parameter
 from bigtune.config import Loss, Optim
-from bigtune.data.collate import MicroBatch
-from bigtune.dist import World, device
+from bigtune.data.collate import MicroBatch, collate
+from bigtune.dist import World, all_max, device
 from bigtune.model.attention import documents
-from bigtune.model.head import Losses, full_logits_loss, replace_head
-from bigtune.model.load import check_tensors, materialise_buffers, skeleton
-from bigtune.model.shards import Shards
+from bigtune.model.load import EXACT, materialise_buffers, skeleton
+from bigtune.model.weights import Weights
+from bigtune.train.objective import Asked, Objective
 from bigtune.train.optim import build_optimizer, parameter_groups
 
 
@@ -35,31 +36,6 @@ def connect(world: World) -> None:
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
     )
-
-
-class Objective(nn.Module):
-    """A causal language model with its loss: what the engine calls, once a micro-batch on every rank."""
-
-    def __init__(self, model: PreTrainedModel, loss: Loss) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-        self.head = replace_head(model, loss)
-
-    def forward(self, batch: MicroBatch) -> Losses:
-        """The losses of the micro-batch's supervised tokens."""
-        here = device()
-        predict_at_T, targets_T, weights_T = (
-            torch.from_numpy(array).to(here) for array in (batch.predict_at, batch.targets, batch.weights)
-        )
-        inputs = {
-            "input_ids": torch.from_numpy(batch.input_ids)[None].to(here),
-            "position_ids": torch.from_numpy(batch.position_ids)[None].to(here),
-            "use_cache": False,
-        }
-        if self.head is None:
-            return full_logits_loss(self.model(**inputs).logits[0][predict_at_T], targets_T, weights_T, self.loss)
-        hidden_SD = self.model.base_model(**inputs)[0][0]
-        return cast(Losses, self.head(hidden_SD[predict_at_T], targets_T, weights_T))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,43 +71,65 @@ class Engine:
             ModelError: the folder is no model, tensors are missing or misshapen.
         """
         import deepspeed
+        from deepspeed.utils import set_z3_leaf_modules
 
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         model = skeleton(model_path, dtype)
-        shards = Shards(model_path)
-        check_tensors(model, shards)
-        self.tied = _tied_names(model)
-        materialise_buffers(model, shards, device())  # while the parameters have their shapes
-        self.parameters = _partition(model, shards, ds_config, dtype, world)
-        objective = Objective(model, loss)
+        weights = Weights(model, model_path)
+        self.tied, self.joined, self.saved_buffers = _tied_names(model), weights.joined, weights.saved_buffers()
+        materialise_buffers(model, weights, device())  # while the parameters have their shapes
+        self.parameters = _partition(model, weights, ds_config, dtype, world)
+        if model.config.model_type not in EXACT:
+            # Gather whole layers: some use weights of parts that they do not call, or call other parts on other ranks.
+            set_z3_leaf_modules(model, [GradientCheckpointingLayer], raise_if_not_found=False)
+        self.objective = Objective(model, loss)
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload and cpu_adam else torch.optim.AdamW
         self.world, self.dtype = world, precision
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=objective,
+            model=self.objective,
             optimizer=build_optimizer(parameter_groups(model, optim), optim, adamw),
             config=ds_config,
         )
         if self._engine.device.type == "cpu":
             ctypes.CDLL(None).malloc_trim(0)  # what initialize used and freed
 
-    def micro_step(self, batch: MicroBatch, weight: float, last: bool) -> torch.Tensor:
+    def micro_step(self, batch: MicroBatch, weight: float, tokens: int, last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch of a step.
 
         Args:
             weight: summed weight of the supervised tokens of the whole global batch, over all ranks and
                 micro-steps; 0 if nothing is supervised, and the gradient is then 0.
+            tokens: of the whole global batch.
             last: whether this is the step's last micro-batch.
 
         Returns:
             This micro-batch's weighted sum of cross-entropies, detached.
         """
-        self._engine.set_gradient_accumulation_boundary(last)
-        with documents(batch.document_offsets.tolist()):
-            loss, cross_entropy = self._engine(batch)
-            # DeepSpeed averages gradients over the ranks; times world makes that the sum which rule 1 asks for.
-            self._engine.backward(loss * (self.world.world_size / (weight or 1.0)), scale_wrt_gas=False)
-        return cast(torch.Tensor, cross_entropy)
+        parts = [batch] if self.objective.packs else self._apart(batch)
+        sums = []
+        for index, part in enumerate(parts):
+            self._engine.set_gradient_accumulation_boundary(last and index == len(parts) - 1)
+            with documents(part.document_offsets.tolist()):
+                loss, cross_entropy, aux = self._engine(part)
+                loss = loss + aux * (weight / max(1, tokens))
+                # DeepSpeed averages gradients over ranks; times world makes that the sum which rule 1 asks for.
+                self._engine.backward(loss * (self.world.world_size / (weight or 1.0)), scale_wrt_gas=False)
+            sums.append(cross_entropy)
+        return torch.stack(sums).sum()
+
+    def _apart(self, batch: MicroBatch) -> list[MicroBatch]:
+        """Document by document, for a model that cannot keep packed ones apart; as many on every rank."""
+        alone = batch.apart()
+        return alone + [collate([])] * (int(all_max(len(alone))) - len(alone))
+
+    def look(self, batch: MicroBatch, asked: Asked) -> torch.Tensor:
+        """What the model computes of a micro-batch, as `Objective.forward` says, without dropout and gradients."""
+        self._engine.eval()
+        with torch.no_grad(), documents(batch.document_offsets.tolist()):
+            found: torch.Tensor = self._engine(batch, asked)
+        self._engine.train()
+        return found
 
     def step(self, learning_rate: float) -> bool:
         """The optimizer step of the gradients so far; False if it was skipped for a non-finite one."""
@@ -193,7 +191,7 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def _partition(
-    model: PreTrainedModel, shards: Shards, ds_config: dict[str, Any], dtype: torch.dtype, world: World
+    model: PreTrainedModel, weights: Weights, ds_config: dict[str, Any], dtype: torch.dtype, world: World
 ) -> dict[str, nn.Parameter]:
     """Replace every meta parameter by a ZeRO-3 one whose partition is read from its byte range.
 
@@ -219,7 +217,7 @@ def _partition(
         start = length * world.rank
         count = min(length, max(0, old.numel() - start))
         if count:
-            shards.read(name, start, count, partition)
+            weights.read(name, start, count, partition)
         partition.ds_numel = length  # type: ignore[attr-defined]
         partition.status = PartitionedParamStatus.AVAILABLE  # type: ignore[attr-defined]
         partition.final_location = None  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ from bigtune.data.rows import Position, Rows
 from bigtune.data.stream import RowStream, steps_of
 from bigtune.dist import World
 from bigtune.errors import CheckpointError, DataError
+from bigtune.model.attention import describe_kernels
 from bigtune.model.load import read_config
 from bigtune.runfile import to_yaml
 from bigtune.train.console import WorkerConsole
@@ -31,6 +32,7 @@ from bigtune.train.engine import Engine
 from bigtune.train.fit import check_fit, open_rows
 from bigtune.train.metrics import MetricsLog, Totals, peak_memory_gib, reduce_totals
 from bigtune.train.precision import measure_precision
+from bigtune.train.probe import prove
 from bigtune.train.saving import Progress, Saver
 from bigtune.train.schedule import learning_rate
 from bigtune.train.signals import StopRequest
@@ -65,12 +67,13 @@ def train(
         ds_config = _settle(run, precision, rows, world)
         console.say(_headline(run, world, steps, precision, rows))
         engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam, run.loss)
+        prove(engine, rows.longest()[0], console.say)
         if start:
             _restore(engine, start, console)
         metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began)
         metrics.forget_after(progress.step)
         saver = Saver(run, world, engine, metrics, rows, steps, saved_step=progress.step)
-        stop.can_wait, began_loop = True, time.monotonic()
+        stop.can_wait, began_loop, began_at = True, time.monotonic(), progress.position
         loader = Loader(rows, progress.position, world, run.train.micro_batch, run.train.global_batch)
         with console.bar("train") or nullcontext() as bar, loader:
             while progress.step < steps:
@@ -83,8 +86,10 @@ def train(
                 if totals.stop or not totals.tokens:
                     break
                 rate = learning_rate(run.optim, progress.step + 1, steps)
-                loss = _backward(engine, data.batches, totals.weight, (run.train.seed, progress.step), world)
+                loss = _backward(engine, data.batches, totals, (run.train.seed, progress.step), world)
                 applied = engine.step(rate)
+                if progress.position == began_at:
+                    console.say(f"attention: {describe_kernels()}")
                 progress = Progress(progress.step + 1, progress.skipped_steps + (not applied), data.after)
                 line = _line(progress, rows, totals, data.imbalance, rate, engine.grad_norm, applied)
                 timing = _timing(metrics, totals, began_step, loader.waited_seconds - waited)
@@ -164,14 +169,14 @@ def _restore(engine: Engine, start: Path, console: WorkerConsole) -> None:
 
 
 def _backward(
-    engine: Engine, batches: Sequence[MicroBatch], weight: float, place: tuple[int, int], world: World
+    engine: Engine, batches: Sequence[MicroBatch], totals: Totals, place: tuple[int, int], world: World
 ) -> float:
     """All micro-steps of one step; returns this rank's summed loss."""
     losses = []
     for index, batch in enumerate(batches):
         # Dropout, where a model has it, depends on (seed, step, row) alone; integers hash the same everywhere.
         torch.manual_seed(hash((*place, index * world.data_world + world.data_rank)) % 2**63)
-        losses.append(engine.micro_step(batch, weight, last=index == len(batches) - 1))
+        losses.append(engine.micro_step(batch, totals.weight, totals.tokens, last=index == len(batches) - 1))
     return float(torch.stack(losses).double().sum())
 
 

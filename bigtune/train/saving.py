@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from safetensors.torch import save as serialize
 
 from bigtune import __version__
+from bigtune.checkpoint.layout import BUFFERS
 from bigtune.checkpoint.save import prune, save, to_json
 from bigtune.config import Run
 from bigtune.data.rows import Position, Rows
@@ -91,8 +93,11 @@ class Saver:
         return {"trainer.json": to_json(trainer), "data.json": to_json(data), "run.yaml": to_yaml(self.run)}
 
     def _read_model_files(self) -> Mapping[str, bytes]:
-        """What makes a model of the weights; with the chat template that was learnt, where that is another one."""
+        """What makes a model of the weights; with the chat template that was learnt, where that is another one, and the
+        buffers that the model's files hold."""
         files = {name: path.read_bytes() for name, path in companion_files(self.run.model.path).items()}
+        if self.engine.saved_buffers:
+            files[BUFFERS] = serialize(self.engine.saved_buffers)
         if self.rows.chat_template is not None:
             files["chat_template.jinja"] = self.rows.chat_template.encode()
         return files

@@ -33,7 +33,7 @@ def collect(engine: Engine) -> tuple[Layout, dict[str, torch.Tensor]]:
                 scalars=scalars,
             )
         )
-    return Layout(engine.world.world_size, engine.dtype, tuple(sub_groups), engine.tied), tensors
+    return Layout(engine.world.world_size, engine.dtype, tuple(sub_groups), engine.tied, engine.joined), tensors
 
 
 def restore(engine: Engine, checkpoint: Path) -> None:

@@ -24,7 +24,7 @@ def layout(world_size: int) -> Layout:
         SubGroup(index, name, sum(p.length for p in part), tuple(part), states, {"step": 3.0})
         for index, (name, part) in enumerate(zip(("matrices", "vectors"), halves, strict=True))
     )
-    return Layout(world_size, "bfloat16", groups, {"lm_head.weight": "whole"})
+    return Layout(world_size, "bfloat16", groups, {"lm_head.weight": "whole"}, {"whole": {"a": (60,), "b": (5, 12)}})
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
@@ -50,7 +50,7 @@ def test_ranks_that_hold_nothing_of_a_parameter_have_no_range() -> None:
 
 def test_a_scalar_parameter_has_one_element() -> None:
     parameter = Parameter("scale", (), 0, 1)
-    described = Layout(2, "float32", (SubGroup(0, "vectors", 1, (parameter,), {}, {}),), {})
+    described = Layout(2, "float32", (SubGroup(0, "vectors", 1, (parameter,), {}, {}),), {}, {})
     assert [piece.count for piece in described.ranges(described.sub_groups[0], parameter)] == [1]
 
 

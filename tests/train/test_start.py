@@ -17,7 +17,7 @@ def saved(run: Run, step: int) -> Path:
     """What `find_start` looks at of a checkpoint."""
     folder = run.output / "checkpoints" / f"step-{step}"
     folder.mkdir(parents=True)
-    Layout(1, "float32", (), {}).write(folder)
+    Layout(1, "float32", (), {}, {}).write(folder)
     (folder / "run.yaml").write_text(to_yaml(run), encoding="utf-8")
     (folder.parent / "latest").write_text(folder.name + "\n")
     return folder
