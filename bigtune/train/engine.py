@@ -188,12 +188,12 @@ class Engine:
         """The lasting tensors of this rank by kind, wherever they lie; some share memory."""
         zero, masters = self._optimizer, self._optimizer.fp32_partitioned_groups_flat
         parameters = [tensor for p in self.parameters.values() for tensor in (p.ds_tensor, p.data)]  # type: ignore[attr-defined]
-        buckets = [bucket.buffer for bucket in zero.ipg_buckets.values() if bucket.buffer is not None]
-        gradients = [zero.grad_partitions_flat_buffer, *buckets, *(m.grad for m in masters if m.grad is not None)]
+        gradients = [zero.grad_partitions_flat_buffer, *(m.grad for m in masters if m.grad is not None)]
         states = [value for state in zero.optimizer.state.values() for value in state.values()]
         return {
             "parameters": [*parameters, *self._engine.module.buffers()],
             "gradients": gradients,
+            "buckets": [bucket.buffer for bucket in zero.ipg_buckets.values() if bucket.buffer is not None],
             "optimizer": [*masters, *(state for state in states if isinstance(state, torch.Tensor))],
         }
 

@@ -32,7 +32,7 @@ class Pace:
         """Seconds since the last call. On CUDA, call it where the host has waited for the step's work anyway."""
         spans, self._spans = self._spans, []
         if torch.cuda.is_available():
-            return sum(begin.elapsed_time(end) for begin, end in spans) / 1e3
+            return float(sum(begin.elapsed_time(end) for begin, end in spans)) / 1e3
         return float(sum(end - begin for begin, end in spans))
 
     def _begin(self, *_: Any) -> None:

@@ -13,7 +13,6 @@ from bigtune.dist import World
 from bigtune.train.metrics import MetricsLog, Totals, reduce_totals
 from tests.stores import document
 
-
 ALONE = {"least": 0.5, "median": 0.5, "most": 0.5, "slowest_rank": 0}
 
 
