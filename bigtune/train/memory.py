@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Memory:
         Raises:
             TrainError: memory ran out.
         """
-        counting = nullcontext() if self._saved else torch.autograd.graph.saved_tensors_hooks(self._count, _same)
+        counting = nullcontext() if self._saved else torch.autograd.graph.saved_tensors_hooks(self._keep, _kept)
         with self._explained(batch), counting:
             yield
 
@@ -60,16 +61,14 @@ class Memory:
         seen: set[int] = set()
         return {kind: distinct_bytes(tensors, seen) for kind, tensors in self._engine.held().items()}
 
-    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _keep(self, tensor: torch.Tensor) -> "torch.Tensor | _Weight":
+        """Count what the graph keeps. Of a gathered parameter that is no tensor, or none would be released."""
+        gathered = {p.data_ptr(): p for p in self._engine.parameters.values() if p.numel()}
+        if tensor.data_ptr() in gathered:
+            return _Weight(gathered[tensor.data_ptr()], tensor.size(), tensor.stride())
         storage = tensor.untyped_storage()
-        at = storage.data_ptr()
-        if at not in self._saved and at not in self._parameters():
-            self._saved[at] = storage.nbytes()
+        self._saved[storage.data_ptr()] = storage.nbytes()
         return tensor
-
-    def _parameters(self) -> set[int]:
-        """Where gathered parameters lie now: the graph keeps them as well, but they are none of its own."""
-        return {p.data.untyped_storage().data_ptr() for p in self._engine.parameters.values()}
 
     @contextmanager
     def _explained(self, batch: MicroBatch | None) -> Iterator[None]:
@@ -103,8 +102,20 @@ class Memory:
         )
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A parameter as an operation saw it, transposed perhaps; DeepSpeed gathers it again for the backward pass."""
+
+    parameter: torch.nn.Parameter
+    size: torch.Size
+    stride: tuple[int, ...]
+
+
+def _kept(kept: torch.Tensor | _Weight) -> torch.Tensor:
+    if isinstance(kept, torch.Tensor):
+        return kept
+    values = kept.parameter.data
+    return values.as_strided(kept.size, kept.stride, values.storage_offset())
 
 
 def distinct_bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
