@@ -19,6 +19,7 @@ from bigtune.data.rows import Row, Rows
 from bigtune.dist import World
 from bigtune.errors import CheckpointError, TrainError
 from bigtune.train.console import WorkerConsole
+from bigtune.train.metrics import MetricsLog
 
 FIRST_STEP_SECONDS = 600.0
 """What the first step may take on top: files are opened, kernels are compiled."""
@@ -31,11 +32,11 @@ MOST_PLACES = 8
 class NonFinite:
     """Counts the steps in a row that were skipped for a loss or gradient that was not finite."""
 
-    def __init__(self, most: int | None, rows: Rows, console: WorkerConsole) -> None:
-        self.in_a_row = 0
-        self._most, self._rows, self._console = most, rows, console
+    def __init__(self, most: int | None, rows: Rows, metrics: MetricsLog, console: WorkerConsole) -> None:
+        self._in_a_row = 0
+        self._most, self._rows, self._metrics, self._console = most, rows, metrics, console
 
-    def count(self, applied: bool, step: int, losses: Sequence[float], batches: Sequence[Sequence[Row]]) -> bool:
+    def check(self, applied: bool, step: int, losses: Sequence[float], batches: Sequence[Sequence[Row]]) -> None:
         """Take note of a step; say which one is skipped, and in this rank's log its own rows that are to blame.
 
         Args:
@@ -43,18 +44,21 @@ class NonFinite:
             losses: of this rank's micro-batches.
             batches: the rows of each.
 
-        Returns:
-            Whether the run can go on, on every rank the same.
+        Raises:
+            TrainError: on every rank, where it is one too many in a row.
         """
-        self.in_a_row = 0 if applied else self.in_a_row + 1
-        if not applied:
-            self._console.say(f"step {step}: skipped, a loss or gradient is not finite ({self.in_a_row} in a row)")
-            for loss, rows in zip(losses, batches, strict=True):
-                if not math.isfinite(loss):
-                    print(f"step {step}: a loss of {loss} from {self._places(rows)}", flush=True)
-        return self._most is None or self.in_a_row < self._most
+        self._in_a_row = 0 if applied else self._in_a_row + 1
+        if applied:
+            return
+        self._console.say(f"step {step}: skipped, a loss or gradient is not finite ({self._in_a_row} in a row)")
+        for loss, rows in zip(losses, batches, strict=True):
+            if not math.isfinite(loss):
+                print(f"step {step}: a loss of {loss} from {self._places(rows)}", flush=True)
+        if self._in_a_row == self._most:
+            self._metrics.flush()
+            raise self._error(step, losses, batches)
 
-    def error(self, step: int, losses: Sequence[float], batches: Sequence[Sequence[Row]]) -> TrainError:
+    def _error(self, step: int, losses: Sequence[float], batches: Sequence[Sequence[Row]]) -> TrainError:
         """Why the run stops, collectively: names the rows whose loss was not finite, or all of the step's."""
         bad = [row for loss, rows in zip(losses, batches, strict=True) for row in rows if not math.isfinite(loss)]
         every = [row for rows in batches for row in rows]
@@ -65,7 +69,7 @@ class NonFinite:
         else:
             where = "all losses were finite but no gradient; the rows were " + "; ".join(filter(None, by_step))
         return TrainError(
-            f"step {step}: {self.in_a_row} steps in a row were skipped since a loss or gradient was not finite "
+            f"step {step}: {self._in_a_row} steps in a row were skipped since a loss or gradient was not finite "
             f"(train.max_skipped_steps); in the last, {where}; look at these rows and the model's weights, lower "
             "optim.learning_rate, or set train.precision: float32"
         )

@@ -58,8 +58,7 @@ def train(
         new_data: go on with other documents than the checkpoint's, from the next epoch on.
 
     Raises:
-        BigtuneError: the model, the documents or the checkpoint does not fit, a checkpoint cannot be written, memory
-            runs out, or too many steps in a row are not finite.
+        BigtuneError: what does not fit, cannot be written or does not go on, and what a user can do about it.
     """
     with closing(open_rows(run, begins=start is None)) as rows:
         progress = _read_progress(start, rows, run.train, new_data, console) if start else Progress()
@@ -67,14 +66,11 @@ def train(
         precision = _precision(run.train, start)
         ds_config = _settle(run, precision, rows, world)
         console.say(_headline(run, world, steps, precision, rows))
-        recompute = run.train.activation_checkpointing
-        engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam, run.loss, recompute)
-        if start:
-            _restore(engine, start, console)
+        engine = _engine(run, ds_config, precision, world, cpu_adam, start, console)
         metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began, world)
         metrics.forget_after(progress.step)
         watchdog, memory = Watchdog(run.train.step_timeout_seconds, console), Memory(engine, run.train.micro_batch)
-        non_finite = NonFinite(run.train.max_skipped_steps, rows, console)
+        non_finite = NonFinite(run.train.max_skipped_steps, rows, metrics, console)
         saver = Saver(run, world, engine, metrics, rows, steps, saved_step=progress.step)
         stop.can_wait, began_loop = True, time.monotonic()
         loader = Loader(rows, progress.position, world, run.train.micro_batch, run.train.global_batch)
@@ -91,23 +87,19 @@ def train(
                         break
                     rate = learning_rate(run.optim, progress.step + 1, steps)
                     place = (run.train.seed, progress.step)
-                    losses = _backward(engine, memory, data.batches, totals.weight, place, world)
-                    with memory.optimizer_step():
-                        applied = engine.step(rate)
+                    losses, applied = _learn(engine, memory, data.batches, totals.weight, rate, place)
                 progress = Progress(progress.step + 1, progress.skipped_steps + (not applied), data.after)
                 waited = loader.waited_seconds - waited
                 line = _line(progress, rows, totals, data.imbalance, rate, engine.grad_norm, applied)
                 line |= _timing(metrics, totals, began_step, waited) | _first_memory(memory, console)
                 metrics.hold(sum(losses), totals.weight, waited + engine.pace.take(), **line)
-                if not non_finite.count(applied, progress.step, losses, data.rows):
-                    metrics.flush()
-                    raise non_finite.error(progress.step, losses, data.rows)
+                non_finite.check(applied, progress.step, losses, data.rows)
                 if bar:
                     bar.advance_to(progress.step, steps, _note(metrics.last))
                 saver.save_if_due(progress)
             saver.save(progress)
-    waited_share = loader.waited_seconds / (time.monotonic() - began_loop)
-    console.say(_ending(progress, steps, metrics.last, waited_share, rows.losses()))
+    seconds = time.monotonic() - began_loop
+    console.say(_ending(progress, steps, metrics.last, loader.waited_seconds / seconds, rows.losses()))
 
 
 def _read_progress(start: Path, rows: Rows, section: Train, new_data: bool, console: WorkerConsole) -> Progress:
@@ -168,30 +160,44 @@ def _precision(section: Train, start: Path | None) -> str:
     return "bfloat16" if dist.from_main(float(fast)) else "float32"
 
 
-def _restore(engine: Engine, start: Path, console: WorkerConsole) -> None:
-    """The state of a checkpoint into the engine."""
-    restore(engine, start)
-    console.say(f"going on from {start}")
-    if console.world.is_main and start.parent == console.output / "checkpoints":
-        point_at(start)  # where it goes back to an earlier step, the later ones are no longer this run's
+def _engine(
+    run: Run,
+    ds_config: dict[str, Any],
+    precision: str,
+    world: World,
+    cpu_adam: bool,
+    start: Path | None,
+    console: WorkerConsole,
+) -> Engine:
+    """The model, with the state of a checkpoint where the run goes on from one."""
+    recompute = run.train.activation_checkpointing
+    engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam, run.loss, recompute)
+    if start is not None:
+        restore(engine, start)
+        console.say(f"going on from {start}")
+        if world.is_main and start.parent == console.output / "checkpoints":
+            point_at(start)  # where it goes back to an earlier step, the later ones are no longer this run's
+    return engine
 
 
-def _backward(
+def _learn(
     engine: Engine,
     memory: Memory,
     batches: Sequence[MicroBatch],
     weight: float,
+    rate: float,
     place: tuple[int, int],
-    world: World,
-) -> list[float]:
-    """All micro-steps of one step; returns the summed loss of each of this rank's."""
-    losses = []
+) -> tuple[list[float], bool]:
+    """One step; returns the summed loss of each of this rank's micro-batches, and whether the step was applied."""
+    world, losses = engine.world, []
     for index, batch in enumerate(batches):
         # Dropout, where a model has it, depends on (seed, step, row) alone; integers hash the same everywhere.
         torch.manual_seed(hash((*place, index * world.data_world + world.data_rank)) % 2**63)
         with memory.micro_step(batch):
             losses.append(engine.micro_step(batch, weight, last=index == len(batches) - 1))
-    return [float(loss) for loss in torch.stack(losses).tolist()]
+    with memory.optimizer_step():
+        applied = engine.step(rate)
+    return [float(loss) for loss in torch.stack(losses).tolist()], applied
 
 
 def _line(
