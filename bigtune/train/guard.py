@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -25,6 +26,7 @@ FIRST_STEP_SECONDS = 600.0
 """What the first step may take on top: files are opened, kernels are compiled."""
 HEAD_START_SECONDS, LEAVE_SECONDS = 1.0, 3.0
 """A rank that waits for others lets those speak first, whose stacks say why; then each lets all finish speaking."""
+PACKAGE = str(Path(__file__).parent.parent) + os.sep
 MOST_PLACES = 8
 """Files and rows that a message names."""
 
@@ -129,7 +131,7 @@ def _waits(frame: FrameType) -> bool:
 def _place(frame: FrameType) -> str:
     """The innermost of bigtune's own lines, and what it was in."""
     inner, own = frame, frame
-    while "/bigtune/" not in own.f_code.co_filename and own.f_back is not None:
+    while not own.f_code.co_filename.startswith(PACKAGE) and own.f_back is not None:
         own = own.f_back
     told = f"{own.f_code.co_name} ({own.f_code.co_filename}, line {own.f_lineno})"
     return told if own is inner else f"{inner.f_code.co_name}, called by {told}"
