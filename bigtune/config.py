@@ -36,6 +36,12 @@ def _holdout(value: Any) -> Any:
     raise ValueError(f"{value!r}; give a fraction between 0 and 1, or a number of rows")
 
 
+def _checkpointing(value: Any) -> Any:
+    if value in ("none", "full") or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"{value!r}; allowed: none, full, or a number k, for every k-th layer")
+
+
 class Section(BaseModel):
     """Base of the sections: immutable, no unknown key, no silent conversion between types."""
 
@@ -257,11 +263,33 @@ class Train(Section):
         description="auto: bfloat16 on CUDA and where this CPU multiplies it faster; masters are float32",
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="of the order of documents, and of dropout")
+    activation_checkpointing: Annotated[Any, BeforeValidator(_checkpointing)] = Field(
+        default="none",
+        description="layers whose activations are computed again in the backward pass, to save memory: none, full, "
+        "or k for every k-th",
+    )
+    max_skipped_steps: int | None = Field(
+        default=5,
+        ge=1,
+        description="steps in a row skipped for a loss or gradient that is not finite, at which the run stops; "
+        "none: it never does",
+    )
+    step_timeout_seconds: float | None = Field(
+        default=3600.0,
+        gt=0,
+        description="a step that takes longer ends the run with the stacks of all ranks; the first may take 600 "
+        "more; none: no limit",
+    )
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _goes_together(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
+        if self.micro_batch > self.global_batch:
+            raise ValueError(
+                f"micro_batch {self.micro_batch:,} is more than the {self.global_batch:,} rows of global_batch; "
+                "lower the first, or raise the second"
+            )
         return self
 
 

@@ -99,6 +99,17 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def gather_texts(mine: str | None) -> list[str | None]:
+    """Every rank's text, on every rank."""
+    from torch import distributed
+
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return [mine]
+    said: list[str | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(said, mine)
+    return said
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """What went wrong on one rank."""
@@ -113,14 +124,10 @@ def first_problem(action: Callable[[], None], *kinds: type[Exception]) -> Proble
     Returns:
         On every rank the same: what the lowest rank says that failed with one of `kinds`, or None.
     """
-    from torch import distributed
-
-    said: list[str | None] = [None]
+    mine = None
     try:
         action()
     except kinds as error:
-        said = [str(error)]
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        mine, said = said[0], [None] * distributed.get_world_size()
-        distributed.all_gather_object(said, mine)
+        mine = str(error)
+    said = gather_texts(mine)
     return next((Problem(rank, text) for rank, text in enumerate(said) if text is not None), None)

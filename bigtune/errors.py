@@ -27,6 +27,10 @@ class CheckpointError(BigtuneError):
     """A checkpoint cannot be written, read, or does not fit the run."""
 
 
+class TrainError(BigtuneError):
+    """Training cannot go on: what it computes is not finite, a step hangs, ranks differ, or memory runs out."""
+
+
 class LaunchError(BigtuneError):
     """Workers cannot be started as asked, or one of them failed."""
 

@@ -48,6 +48,35 @@ def test_a_minimal_run_gets_the_documented_defaults() -> None:
     assert run.store == Path("runs/first/data")
 
 
+def train_of(**train: Any) -> Run:
+    tree = {"model": {"path": "m"}, "data": {"sources": [{"path": "d"}]}, "output": "o"}
+    return resolve({**tree, "train": {"steps": 1, **train}})
+
+
+@pytest.mark.parametrize("choice", ["none", "full", 1, 4])
+def test_activations_are_checkpointed_in_no_layer_every_layer_or_every_kth(choice: str | int) -> None:
+    assert train_of(activation_checkpointing=choice).train.activation_checkpointing == choice
+    assert train_of().train.activation_checkpointing == "none"
+
+
+@pytest.mark.parametrize("choice", ["some", 0, -1, 2.0, True, None])
+def test_another_choice_of_layers_is_refused(choice: Any) -> None:
+    with pytest.raises(ConfigError, match="allowed: none, full, or a number k, for every k-th layer"):
+        train_of(activation_checkpointing=choice)
+
+
+def test_a_micro_batch_of_more_rows_than_the_global_batch_is_refused() -> None:
+    with pytest.raises(ConfigError, match="micro_batch 9 is more than the 8 rows of global_batch; lower the first"):
+        train_of(micro_batch=9)
+    assert train_of(micro_batch=8).train.micro_batch == 8
+
+
+def test_guards_can_be_turned_off() -> None:
+    run = train_of(max_skipped_steps=None, step_timeout_seconds=None)
+    assert (run.train.max_skipped_steps, run.train.step_timeout_seconds) == (None, None)
+    assert train_of(step_timeout_seconds=60).train.step_timeout_seconds == 60.0
+
+
 def test_a_run_cannot_be_changed() -> None:
     run = run_of()
     with pytest.raises(ValidationError, match="frozen"):

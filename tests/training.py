@@ -89,7 +89,9 @@ def step(run: Run, number: int) -> Path:
 def metrics(run: Run) -> list[dict[str, Any]]:
     """All of them but what the clock and the memory say."""
     lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
-    timing = ("time", "step_seconds", "data_seconds", "tokens_per_second", "peak_memory_gib")
+    timing = (
+        "time", "step_seconds", "data_seconds", "tokens_per_second", "rank_seconds", "peak_memory_gib", "memory_gib",
+    )  # fmt: skip
     return [{key: value for key, value in line.items() if key not in timing} for line in lines]
 
 

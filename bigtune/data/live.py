@@ -125,6 +125,9 @@ class LiveRows:
             self._after = dataclasses.replace(self._after, row=end)
         return rows, self._after
 
+    def where(self, row: Row) -> tuple[str, ...]:
+        return row.places
+
     def epochs_at(self, position: Position) -> float:
         """How many epochs were read before a position, about: what is compressed has an unknown number of windows."""
         windows = max(1.0, self._bytes / self.shards / self._window_bytes)

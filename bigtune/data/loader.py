@@ -31,6 +31,7 @@ class Step:
     """One step's micro-batches of a rank, and where the data goes on after it."""
 
     batches: list[MicroBatch]
+    rows: list[list[Row]]  # of each micro-batch
     after: Position
     imbalance: Imbalance
 
@@ -93,4 +94,4 @@ def step_of(rows: list[Row], after: Position, world: World, micro_batch: int, gl
     supervised = np.array([row.supervised for row in rows], dtype=np.int64)
     slots = deal(work, supervised, world.data_world, micro_batch, global_batch)
     mine = [[rows[i] for i in micro_step if i >= 0] for micro_step in slots[world.data_rank]]
-    return Step([collate(part) for part in mine], after, imbalance(slots, work, supervised))
+    return Step([collate(part) for part in mine], mine, after, imbalance(slots, work, supervised))

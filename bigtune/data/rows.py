@@ -89,6 +89,9 @@ class Rows(Protocol):
     def take(self, position: Position, count: int) -> tuple[list[Row], Position]:
         """The next `count` rows from `position` on, and the position after them; fewer where the stream ends."""
 
+    def where(self, row: Row) -> tuple[str, ...]:
+        """The files and rows that a packed row's documents come from, for a message."""
+
     def epochs_at(self, position: Position) -> float:
         """How many epochs were read before a position; 1.5 in the middle of the second."""
 

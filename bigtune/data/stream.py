@@ -63,6 +63,9 @@ class RowStream:
             epoch, row = (epoch, end) if end < plan.rows else (epoch + 1, 0)
         return rows, Position(epoch, row)
 
+    def where(self, row: Row) -> tuple[str, ...]:
+        return tuple(self.store.where(int(self.pieces.document[i])) for i in row.indices)
+
     def rows_after(self, position: Position, epochs: int) -> int:
         """How many rows there are from a position to the end of the last of `epochs`; 0 where that is past."""
         return max(0, sum(self._rows_in(epoch) for epoch in range(position.epoch, epochs)) - position.row)

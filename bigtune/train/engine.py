@@ -4,6 +4,7 @@ DeepSpeed's internals are named here and nowhere else: `Partition` is what the r
 """
 
 import ctypes
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ from bigtune.data.collate import MicroBatch, collate
 from bigtune.dist import World, all_max, device
 from bigtune.model.attention import documents
 from bigtune.model.load import EXACT, materialise_buffers, skeleton
+from bigtune.model.recompute import checkpoint_activations
 from bigtune.model.weights import Weights
 from bigtune.train.objective import Asked, Objective
 from bigtune.train.optim import build_optimizer, parameter_groups
+from bigtune.train.pace import Pace
 
 
 def connect(world: World) -> None:
@@ -61,11 +64,13 @@ class Engine:
         world: World,
         cpu_adam: bool = False,
         loss: Loss = Loss(),  # noqa: B008  # frozen
+        activation_checkpointing: str | int = "none",
     ) -> None:
         """Load this rank's partitions and set the engine up.
 
         Args:
             cpu_adam: whether DeepSpeed's own Adam for states in host memory is built.
+            activation_checkpointing: "none", "full", or k for every k-th layer.
 
         Raises:
             ModelError: the folder is no model, tensors are missing or misshapen.
@@ -82,6 +87,7 @@ class Engine:
         if model.config.model_type not in EXACT:
             # Gather whole layers: some use weights of parts that they do not call, or call other parts on other ranks.
             set_z3_leaf_modules(model, [GradientCheckpointingLayer], raise_if_not_found=False)
+        checkpoint_activations(model, activation_checkpointing)
         self.objective = Objective(model, loss)
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload and cpu_adam else torch.optim.AdamW
@@ -91,6 +97,8 @@ class Engine:
             optimizer=build_optimizer(parameter_groups(model, optim), optim, adamw),
             config=ds_config,
         )
+        _refuse_non_finite(self._optimizer)
+        self.pace = Pace(self.objective)
         if self._engine.device.type == "cpu":
             ctypes.CDLL(None).malloc_trim(0)  # what initialize used and freed
 
@@ -110,11 +118,15 @@ class Engine:
         sums = []
         for index, part in enumerate(parts):
             self._engine.set_gradient_accumulation_boundary(last and index == len(parts) - 1)
+            self.pace.done = 0
             with documents(part.document_offsets.tolist()):
                 loss, cross_entropy, aux = self._engine(part)
                 loss = loss + aux * (weight / max(1, tokens))
+                # 1, or NaN: a loss that is not finite may have a gradient that is, and must not pass by it.
+                finite = 1.0 + 0.0 * (loss + cross_entropy).detach()
                 # DeepSpeed averages gradients over ranks; times world makes that the sum which rule 1 asks for.
-                self._engine.backward(loss * (self.world.world_size / (weight or 1.0)), scale_wrt_gas=False)
+                scale = finite * (self.world.world_size / (weight or 1.0))
+                self._engine.backward(loss * scale, scale_wrt_gas=False)
             sums.append(cross_entropy)
         return torch.stack(sums).sum()
 
@@ -132,7 +144,11 @@ class Engine:
         return found
 
     def step(self, learning_rate: float) -> bool:
-        """The optimizer step of the gradients so far; False if it was skipped for a non-finite one."""
+        """The optimizer step of the gradients so far.
+
+        Returns:
+            On every rank the same: False where a loss or gradient of any rank was not finite. Nothing has changed then.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
@@ -140,7 +156,7 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """The global norm of the last step's gradient, before clipping."""
+        """The global norm of the last step's gradient, before clipping; infinite where it was skipped."""
         return float(self._engine.get_global_grad_norm() or 0.0)
 
     @property
@@ -167,6 +183,24 @@ class Engine:
                 state=zero.optimizer.state[master],
             )
 
+    def held(self) -> dict[str, list[torch.Tensor]]:
+        """The lasting tensors of this rank by kind, wherever they lie; some share memory."""
+        zero, masters = self._optimizer, self._optimizer.fp32_partitioned_groups_flat
+        parameters = [tensor for p in self.parameters.values() for tensor in (p.ds_tensor, p.data)]  # type: ignore[attr-defined]
+        gradients = [zero.grad_partitions_flat_buffer, *(m.grad for m in masters if m.grad is not None)]
+        states = [value for state in zero.optimizer.state.values() for value in state.values()]
+        return {
+            "parameters": [*parameters, *self._engine.module.buffers()],
+            "gradients": gradients,
+            "buckets": [bucket.buffer for bucket in zero.ipg_buckets.values() if bucket.buffer is not None],
+            "optimizer": [*masters, *(state for state in states if isinstance(state, torch.Tensor))],
+        }
+
+    def replicas(self) -> dict[str, list[torch.Tensor]]:
+        """What each rank holds whole, and the same as every other: small parameters that stay gathered, buffers."""
+        gathered = [p.data for p in self._optimizer.persistent_parameters if p.data.numel() == p.ds_numel]
+        return {"parameters": gathered, "buffers": list(self._engine.module.buffers())}
+
     def refresh(self) -> None:
         """Make the model compute with the master values, after they were overwritten."""
         zero = self._optimizer
@@ -178,6 +212,34 @@ class Engine:
             zero._unflatten_partitioned_parameters(index)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+class _NotFiniteError(Exception):
+    """Found before the optimizer has changed anything."""
+
+
+def _refuse_non_finite(zero: Any) -> None:
+    """Skip every step whose gradient is not finite on some rank, in every data type.
+
+    The global norm says it, which the ranks have reduced: DeepSpeed gives -1 for one that is not finite. What
+    DeepSpeed itself does then depends on its release, so that it does not get to decide.
+    """
+    norms, step = zero._get_norm_groups, zero.step
+
+    def finite_norms() -> Any:
+        found = norms()
+        if not all(0.0 <= float(norm) < math.inf for norm in found):
+            raise _NotFiniteError
+        return found
+
+    def guarded_step(closure: None = None) -> None:
+        try:
+            step()
+        except _NotFiniteError:
+            zero.overflow, zero._global_grad_norm = True, math.inf
+            zero._overflow_clean_up(zero.loss_scale)  # drops the gradients
+
+    zero._get_norm_groups, zero.step = finite_norms, guarded_step
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:

@@ -30,6 +30,8 @@ from bigtune.train.console import WorkerConsole
 from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine
 from bigtune.train.fit import check_fit, open_rows
+from bigtune.train.guard import NonFinite, Watchdog
+from bigtune.train.memory import Memory, to_gib, to_text
 from bigtune.train.metrics import MetricsLog, Totals, peak_memory_gib, reduce_totals
 from bigtune.train.precision import measure_precision
 from bigtune.train.probe import prove
@@ -58,7 +60,7 @@ def train(
         new_data: go on with other documents than the checkpoint's, from the next epoch on.
 
     Raises:
-        BigtuneError: the model, the documents or the checkpoint does not fit, or a checkpoint cannot be written.
+        BigtuneError: what does not fit, cannot be written or does not go on, and what a user can do about it.
     """
     with closing(open_rows(run, begins=start is None)) as rows:
         progress = _read_progress(start, rows, run.train, new_data, console) if start else Progress()
@@ -66,40 +68,40 @@ def train(
         precision = _precision(run.train, start)
         ds_config = _settle(run, precision, rows, world)
         console.say(_headline(run, world, steps, precision, rows))
-        engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam, run.loss)
-        prove(engine, rows.longest()[0], console.say)
-        if start:
-            _restore(engine, start, console)
-        metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began)
+        engine = _engine(run, ds_config, precision, world, cpu_adam, start, rows, console)
+        metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began, world)
         metrics.forget_after(progress.step)
+        watchdog, memory = Watchdog(run.train.step_timeout_seconds, console), Memory(engine, run.train.micro_batch)
+        non_finite = NonFinite(run.train.max_skipped_steps, rows, metrics, console)
         saver = Saver(run, world, engine, metrics, rows, steps, saved_step=progress.step)
-        stop.can_wait, began_loop, began_at = True, time.monotonic(), progress.position
+        stop.can_wait, began_loop = True, time.monotonic()
         loader = Loader(rows, progress.position, world, run.train.micro_batch, run.train.global_batch)
         with console.bar("train") or nullcontext() as bar, loader:
             while progress.step < steps:
-                began_step, waited = time.monotonic(), loader.waited_seconds
-                data = loader.next()
-                totals = reduce_totals(data.batches, stop.asked, metrics.held_loss)
-                metrics.complete(totals.loss)
-                if not totals.tokens:  # the rows have ended: a step on nothing would still move the weights
-                    steps = progress.step
-                if totals.stop or not totals.tokens:
-                    break
-                rate = learning_rate(run.optim, progress.step + 1, steps)
-                loss = _backward(engine, data.batches, totals, (run.train.seed, progress.step), world)
-                applied = engine.step(rate)
-                if progress.position == began_at:
-                    console.say(f"attention: {describe_kernels()}")
+                with watchdog.step(progress.step + 1):
+                    began_step, waited = time.monotonic(), loader.waited_seconds
+                    data = loader.next()
+                    totals = reduce_totals(data.batches, stop.asked, metrics.held)
+                    metrics.complete(totals.held)
+                    if not totals.tokens:  # the rows have ended: a step on nothing would still move the weights
+                        steps = progress.step
+                    if totals.stop or not totals.tokens:
+                        break
+                    rate = learning_rate(run.optim, progress.step + 1, steps)
+                    place = (run.train.seed, progress.step)
+                    losses, applied = _learn(engine, memory, data.batches, totals, rate, place)
                 progress = Progress(progress.step + 1, progress.skipped_steps + (not applied), data.after)
+                waited = loader.waited_seconds - waited
                 line = _line(progress, rows, totals, data.imbalance, rate, engine.grad_norm, applied)
-                timing = _timing(metrics, totals, began_step, loader.waited_seconds - waited)
-                metrics.hold(loss, totals.weight, **line, **timing)
+                line |= _timing(metrics, totals, began_step, waited) | _first_look(memory, console)
+                metrics.hold(sum(losses), totals.weight, waited + engine.pace.take(), **line)
+                non_finite.check(applied, progress.step, losses, data.rows)
                 if bar:
                     bar.advance_to(progress.step, steps, _note(metrics.last))
                 saver.save_if_due(progress)
             saver.save(progress)
-    waited_share = loader.waited_seconds / (time.monotonic() - began_loop)
-    console.say(_ending(progress, steps, metrics.last, waited_share, rows.losses()))
+    seconds = time.monotonic() - began_loop
+    console.say(_ending(progress, steps, metrics.last, loader.waited_seconds / seconds, rows.losses()))
 
 
 def _read_progress(start: Path, rows: Rows, section: Train, new_data: bool, console: WorkerConsole) -> Progress:
@@ -160,24 +162,46 @@ def _precision(section: Train, start: Path | None) -> str:
     return "bfloat16" if dist.from_main(float(fast)) else "float32"
 
 
-def _restore(engine: Engine, start: Path, console: WorkerConsole) -> None:
-    """The state of a checkpoint into the engine."""
-    restore(engine, start)
-    console.say(f"going on from {start}")
-    if console.world.is_main and start.parent == console.output / "checkpoints":
-        point_at(start)  # where it goes back to an earlier step, the later ones are no longer this run's
+def _engine(
+    run: Run,
+    ds_config: dict[str, Any],
+    precision: str,
+    world: World,
+    cpu_adam: bool,
+    start: Path | None,
+    rows: Rows,
+    console: WorkerConsole,
+) -> Engine:
+    """The model, proven, and with the state of a checkpoint where the run goes on from one."""
+    recompute = run.train.activation_checkpointing
+    engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam, run.loss, recompute)
+    prove(engine, rows.longest()[0], console.say)
+    if start is not None:
+        restore(engine, start)
+        console.say(f"going on from {start}")
+        if world.is_main and start.parent == console.output / "checkpoints":
+            point_at(start)  # where it goes back to an earlier step, the later ones are no longer this run's
+    return engine
 
 
-def _backward(
-    engine: Engine, batches: Sequence[MicroBatch], totals: Totals, place: tuple[int, int], world: World
-) -> float:
-    """All micro-steps of one step; returns this rank's summed loss."""
-    losses = []
+def _learn(
+    engine: Engine,
+    memory: Memory,
+    batches: Sequence[MicroBatch],
+    totals: Totals,
+    rate: float,
+    place: tuple[int, int],
+) -> tuple[list[float], bool]:
+    """One step; returns the summed loss of each of this rank's micro-batches, and whether the step was applied."""
+    world, losses = engine.world, []
     for index, batch in enumerate(batches):
         # Dropout, where a model has it, depends on (seed, step, row) alone; integers hash the same everywhere.
         torch.manual_seed(hash((*place, index * world.data_world + world.data_rank)) % 2**63)
-        losses.append(engine.micro_step(batch, totals.weight, totals.tokens, last=index == len(batches) - 1))
-    return float(torch.stack(losses).double().sum())
+        with memory.micro_step(batch):
+            losses.append(engine.micro_step(batch, totals.weight, totals.tokens, last=index == len(batches) - 1))
+    with memory.optimizer_step():
+        applied = engine.step(rate)
+    return [float(loss) for loss in torch.stack(losses).tolist()], applied
 
 
 def _line(
@@ -208,6 +232,15 @@ def _timing(metrics: MetricsLog, totals: Totals, began: float, waited: float) ->
         "tokens_per_second": round(totals.tokens / seconds, 3),
         "peak_memory_gib": round(peak_memory_gib(), 4),
     }
+
+
+def _first_look(memory: Memory, console: WorkerConsole) -> dict[str, Any]:
+    """What the first step showed of attention and memory, said and for its line; nothing later."""
+    held = memory.first()
+    if held:
+        console.say(f"attention: {describe_kernels()}")
+        console.say(f"memory of a rank: {to_text(held)}")
+    return to_gib(held)
 
 
 def _headline(run: Run, world: World, steps: int, precision: str, rows: Rows) -> str:

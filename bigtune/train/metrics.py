@@ -8,6 +8,7 @@ a checkpoint or the end asks for it.
 import json
 import math
 import resource
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,46 +19,52 @@ import torch
 
 from bigtune import dist
 from bigtune.data.collate import MicroBatch
+from bigtune.dist import World
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """One step's sums over all ranks. `loss` is the step before's weighted sum, in nats."""
+    """One step's sums over all ranks. `held` are those of the step before, as `MetricsLog.held` has them."""
 
     supervised: int
     weight: float  # of the supervised tokens: what the loss is divided by
     tokens: int
     stop: bool
-    loss: float
+    held: list[float]
 
 
-def reduce_totals(batches: Sequence[MicroBatch], stop: bool, held_loss: float) -> Totals:
+def reduce_totals(batches: Sequence[MicroBatch], stop: bool, held: Sequence[float]) -> Totals:
     """The control reduction: called once a step on every rank, after the step's rows are fetched."""
-    supervised, weight, tokens, stops, loss = dist.all_sum(
+    supervised, weight, tokens, stops, *held = dist.all_sum(
         [
             sum(batch.supervised for batch in batches),
             sum(batch.weight for batch in batches),
             sum(batch.tokens for batch in batches),
             float(stop),
-            held_loss,
+            *held,
         ]
     )
-    return Totals(int(supervised), weight, int(tokens), stops > 0, loss)
+    return Totals(int(supervised), weight, int(tokens), stops > 0, held)
 
 
 @dataclass(slots=True)
 class MetricsLog:
     """Rank 0's metrics file; on other ranks it writes nothing.
 
-    `start` is `time.monotonic()` at the start of the process.
+    `start` is `time.monotonic()` at the start of the process. `held` is what the ranks are to sum of a step: its loss,
+    in nats, and a place for every rank's own seconds.
     """
 
     path: Path | None
     start: float
+    world: World = World()  # noqa: RUF009  # frozen
     last: dict[str, Any] = field(default_factory=dict)
-    held_loss: float = 0.0
+    held: list[float] = field(init=False)
     _held: dict[str, Any] = field(default_factory=dict)
     _held_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._hold_nothing()
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps after `step`, which a resumed run computes again."""
@@ -74,20 +81,27 @@ class MetricsLog:
         aside.write_text("".join(kept), encoding="utf-8")
         aside.replace(self.path)
 
-    def hold(self, loss_sum: float, weight: float, **line: Any) -> None:
-        """Keep a step's line until its loss is known; `loss_sum` is this rank's, `weight` that of all ranks."""
-        self._held, self._held_weight, self.held_loss = line, weight, loss_sum
+    def hold(self, loss_sum: float, weight: float, own_seconds: float, **line: Any) -> None:
+        """Keep a step's line until its loss is known.
+
+        Args:
+            loss_sum: this rank's; `weight` is that of all ranks.
+            own_seconds: what this rank took without waiting for others.
+        """
+        self._held, self._held_weight = line, weight
+        self.held[0], self.held[1 + self.world.rank] = loss_sum, own_seconds
 
     def flush(self) -> None:
         """Write the line held with a reduction of its own, collectively."""
-        self.complete(dist.all_sum([self.held_loss])[0])
+        self.complete(dist.all_sum(self.held))
 
-    def complete(self, loss_sum: float) -> None:
-        """Write the line held, if any; `loss_sum` is over all ranks."""
+    def complete(self, held: Sequence[float]) -> None:
+        """Write the line held, if any; `held` is summed over all ranks."""
         if not self._held:
             return
-        self.last = {**self._held, "loss": loss_sum / (self._held_weight or 1.0)}
-        self._held, self.held_loss = {}, 0.0
+        loss_sum, *seconds = held
+        self.last = {**self._held, "loss": loss_sum / (self._held_weight or 1.0), "rank_seconds": _spread(seconds)}
+        self._hold_nothing()
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_without_nan(self.last)) + "\n")
@@ -95,6 +109,16 @@ class MetricsLog:
     def elapsed(self) -> float:
         """Seconds since the process started."""
         return time.monotonic() - self.start
+
+    def _hold_nothing(self) -> None:
+        self._held, self.held = {}, [0.0] * (1 + self.world.world_size)
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Of each rank's seconds, in a form that does not grow with the ranks."""
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    middle = {"least": min(seconds), "median": statistics.median(seconds), "most": seconds[slowest]}
+    return {**{name: round(value, 6) for name, value in middle.items()}, "slowest_rank": slowest}
 
 
 def _without_nan(line: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save as serialize
 
 from bigtune import __version__
-from bigtune.checkpoint.layout import BUFFERS
+from bigtune.checkpoint.layout import BUFFERS, step_folder
 from bigtune.checkpoint.save import prune, save, to_json
 from bigtune.config import Run
 from bigtune.data.rows import Position, Rows
@@ -15,6 +15,7 @@ from bigtune.dist import World
 from bigtune.model.load import companion_files
 from bigtune.runfile import to_yaml
 from bigtune.train.engine import Engine
+from bigtune.train.guard import check_alike
 from bigtune.train.metrics import MetricsLog
 from bigtune.train.state import collect
 
@@ -55,14 +56,16 @@ class Saver:
         """Save this step, unless it is saved.
 
         Raises:
-            CheckpointError: on every rank, if any could not write.
+            CheckpointError: on every rank, if any could not write, or the ranks have drifted apart.
         """
         if progress.step == self.saved_step:
             return
         self.metrics.flush()
         folder = self.run.output / "checkpoints"
+        texts = self._texts(progress)
+        check_alike({**self.engine.replicas(), **texts}, self.world, str(step_folder(folder, progress.step)))
         layout, tensors = collect(self.engine)
-        save(folder, progress.step, layout, tensors, self.world.rank, self._texts(progress), self._model_files)
+        save(folder, progress.step, layout, tensors, self.world.rank, texts, self._model_files)
         self.saved_step = progress.step
         if self.world.is_main and self.run.checkpoint.keep_last:
             prune(folder, progress.step, self.run.checkpoint.keep_last)

@@ -10,7 +10,8 @@ from bigtune.errors import CheckpointError, ConfigError
 from bigtune.runfile import load_run
 
 MAY_CHANGE = (
-    "train.steps", "train.epochs", "train.micro_batch", "checkpoint", "evaluate", "output",
+    "train.steps", "train.epochs", "train.micro_batch", "train.activation_checkpointing", "train.max_skipped_steps",
+    "train.step_timeout_seconds", "checkpoint", "evaluate", "output",
     "data.store", "data.sources", "data.workers", "data.on_bad_row", "data.min_supervised",
 )  # fmt: skip
 """What may differ from the run file in the checkpoint: none of it changes the meaning of the state. What sources

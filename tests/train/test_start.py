@@ -85,6 +85,7 @@ def test_a_change_that_matters_is_refused_and_shown(tmp_path: Path, change: dict
         {"train__steps": 50},
         {"train__steps": None, "train__epochs": 3},
         {"train__micro_batch": 2},
+        {"train__activation_checkpointing": "full", "train__max_skipped_steps": 1, "train__step_timeout_seconds": 9.0},
         {"checkpoint": {"every_steps": 3, "keep_last": 1}},
         {"evaluate": {"sources": [{"path": "held.jsonl"}]}},
         {"data__store": "elsewhere"},

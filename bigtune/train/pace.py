@@ -1,0 +1,55 @@
+"""How long this rank computes where it waits for no other, so that a slow one shows.
+
+Under ZeRO-3 the ranks wait for each other in every layer, forward and backward: a step takes all of them equally
+long, whoever is slow. Within the forward pass of a layer that has no other in it nothing is waited for, since its
+parameters are gathered before; hence these are timed: a fixed part of the step's work, which a rank on a slower or
+shared processor does more slowly. On CUDA the clock is the GPU's own.
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Pace:
+    """Times the forward passes of a model's innermost layers that hold a matrix."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Call it once DeepSpeed's hooks are on: those gather parameters, and belong outside of what is timed."""
+        self._spans: list[tuple[Any, Any]] = []
+        self._began: Any = None
+        self.layers = 0
+        self.done = 0  # forward passes of layers in the micro-batch at work
+        for module in model.modules():
+            if _holds_matrix(module) and not any(module.children()):
+                self.layers += 1
+                module.register_forward_pre_hook(self._begin)
+                module.register_forward_hook(self._end, prepend=True)
+
+    def take(self) -> float:
+        """Seconds since the last call. On CUDA, call it where the host has waited for the step's work anyway."""
+        spans, self._spans = self._spans, []
+        if torch.cuda.is_available():
+            return float(sum(begin.elapsed_time(end) for begin, end in spans)) / 1e3
+        return float(sum(end - begin for begin, end in spans))
+
+    def _begin(self, *_: Any) -> None:
+        self._began = _now()
+
+    def _end(self, *_: Any) -> None:
+        self._spans.append((self._began, _now()))
+        self.done += 1
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    return any(len(getattr(p, "ds_shape", p.shape)) > 1 for p in module.parameters(recurse=False))
+
+
+def _now() -> Any:
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
