@@ -19,8 +19,9 @@ from bigtune.data.collate import MicroBatch
 from bigtune.dist import World, device
 from bigtune.model.attention import documents
 from bigtune.model.head import Losses, full_logits_loss, replace_head
-from bigtune.model.load import check_tensors, materialise_buffers, skeleton
+from bigtune.model.load import check_tensors, materialise_buffers, replace_parameters, skeleton
 from bigtune.model.shards import Shards
+from bigtune.train import zero2
 from bigtune.train.optim import build_optimizer, parameter_groups
 
 
@@ -74,7 +75,7 @@ class Partition:
 
 
 class Engine:
-    """A model on ZeRO-3 with its optimizer."""
+    """A model on ZeRO-3, or ZeRO-2, with its optimizer."""
 
     def __init__(
         self,
@@ -102,7 +103,11 @@ class Engine:
         check_tensors(model, shards)
         self.tied = _tied_names(model)
         materialise_buffers(model, shards, device())  # while the parameters have their shapes
-        self.parameters = _partition(model, shards, ds_config, dtype, world)
+        self._stage = ds_config["zero_optimization"]["stage"]
+        if self._stage == 2:
+            self.parameters = zero2.load(model, shards, dtype)
+        else:
+            self.parameters = _partition(model, shards, ds_config, dtype, world)
         objective = Objective(model, loss)
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload and cpu_adam else torch.optim.AdamW
@@ -154,24 +159,16 @@ class Engine:
         """This rank's flat partitions, in DeepSpeed's order; it calls them sub-groups."""
         zero = self._optimizer
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        for index, members in enumerate(zero.fp16_groups):
-            parameters, offset = [], 0
-            for member in members:
-                length = member.partition_numel()
-                parameters.append(Parameter(names[id(member)], tuple(member.ds_shape), offset, length))
-                offset += length
-            master = zero.fp32_partitioned_groups_flat[index]
-            yield Partition(
-                index=index,
-                group=zero.param_groups[zero.sub_group_to_group_id[index]],
-                parameters=tuple(parameters),
-                master=master,
-                state=zero.optimizer.state[master],
-            )
+        described = zero2.groups(zero, names) if self._stage == 2 else _sub_groups(zero, names)
+        for index, (parameters, master, group) in enumerate(described):
+            yield Partition(index, group, parameters, master, state=zero.optimizer.state[master])
 
     def refresh(self) -> None:
         """Make the model compute with the master values, after they were overwritten."""
         zero = self._optimizer
+        if self._stage == 2:
+            zero2.refresh(zero)
+            return
         zero._partition_all_parameters()  # gathered persistent parameters would be stale
         for index, master in enumerate(zero.fp32_partitioned_groups_flat):
             flat = zero.fp16_partitioned_groups_flat[index]
@@ -180,6 +177,20 @@ class Engine:
             zero._unflatten_partitioned_parameters(index)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def _sub_groups(
+    zero: Any, names: dict[int, str]
+) -> Iterator[tuple[tuple[Parameter, ...], torch.Tensor, dict[str, Any]]]:
+    """Parameters, this rank's float32 partition and the optimizer group of each of ZeRO-3's sub-groups."""
+    for index, members in enumerate(zero.fp16_groups):
+        parameters, offset = [], 0
+        for member in members:
+            length = member.partition_numel()
+            parameters.append(Parameter(names[id(member)], tuple(member.ds_shape), offset, length))
+            offset += length
+        group = zero.param_groups[zero.sub_group_to_group_id[index]]
+        yield tuple(parameters), zero.fp32_partitioned_groups_flat[index], group
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -228,8 +239,5 @@ def _partition(
         new.data = torch.empty(0, dtype=dtype, device=device())
         new.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
         parameters[name] = replaced[id(old)] = new
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = replaced[id(parameter)]
+    replace_parameters(model, replaced)
     return parameters
