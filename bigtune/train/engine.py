@@ -1,6 +1,7 @@
 """The one place that knows DeepSpeed: partitions filled from shards, exact micro-steps, the optimizer step.
 
-DeepSpeed's internals are named here and nowhere else: `Partition` is what the rest of bigtune sees of them.
+DeepSpeed's internals are named here, those of ZeRO-2 in zero2.py, and nowhere else: `Partition` is what the rest of
+bigtune sees of them.
 """
 
 import ctypes
