@@ -1,11 +1,15 @@
 """The learning rate of every step, from the first to the last."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bigtune.config import Optim
+from bigtune.data.prepare import prepare
 from bigtune.train.schedule import learning_rate
+from tests.tiny import tiny_model, tiny_run, write_rows
+from tests.training import differing, metrics, step, train
 
 
 def rates(steps: int, **settings: Any) -> list[float]:
@@ -72,3 +76,22 @@ def test_more_steps_leave_the_stable_phase_as_it_was(schedule: Any, same: bool) 
     decay = {"decay_steps": 5} if schedule == "wsd" else {}
     short, long = (rates(steps, schedule=schedule, warmup_steps=2, **decay) for steps in (20, 50))
     assert (short[:15] == long[:15]) is same
+
+
+def test_a_wsd_run_made_longer_before_its_decay_equals_one_that_was_as_long(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl")
+    settings: dict[str, Any] = {
+        "optim__schedule": "wsd", "optim__decay_steps": 2, "checkpoint__every_steps": 3,
+        "data__store": str(tmp_path / "store"),
+    }  # fmt: skip
+    short = tiny_run(tmp_path, **settings, train__steps=5)
+    made_longer = tiny_run(tmp_path, **settings, train__steps=8)
+    as_long = tiny_run(tmp_path, **settings, train__steps=8, output=str(tmp_path / "long"))
+    prepare(short.data, short.model.path, short.store)
+    for run in (short, as_long):
+        train(run)
+    assert metrics(short)[-1]["learning_rate"] < metrics(as_long)[4]["learning_rate"]
+    train(made_longer, resume="step-3")
+    assert metrics(made_longer) == metrics(as_long)
+    assert differing(step(made_longer, 8), step(as_long, 8)) == []
