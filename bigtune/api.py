@@ -85,11 +85,13 @@ def train(
     from bigtune.train.ds_config import read_preset
     from bigtune.train.ops import ensure_ops, needed_ops
     from bigtune.train.start import documents_of, find_start
+    from bigtune.train.support import check
 
     ranks = ranks or default_ranks()
     check_ranks(ranks, oversubscribe)
     preset = read_preset(run.deepspeed)
     start = find_start(run, resume, new_data)
+    check(run, preset, start, ranks)
     if not run.data.stream:
         prepare(run, None if new_data else documents_of(start))
     ensure_ops(needed_ops(preset, run.optim), lambda line: print(line, file=sys.stderr))

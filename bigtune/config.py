@@ -4,6 +4,7 @@
 run file answer at once.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -219,24 +220,61 @@ class Data(Section):
             )
 
 
-class Optim(Section):
-    """The optimizer, its schedule and clipping."""
+ADAM: Mapping[str, Any] = {"betas": (0.9, 0.95), "epsilon": 1e-8}
+OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
+    "adamw": ADAM, "adamw_8bit": ADAM, "adam": ADAM, "lion_8bit": {"betas": (0.9, 0.99)}, "sgd": {"momentum": 0.9},
+}  # fmt: skip
+"""The settings that each optimizer has beside those of all, with their defaults."""
 
-    name: Literal["adamw", "adamw_8bit"] = Field(
-        default="adamw", description="8-bit: states of matrices in blocks of 256, of the rest in 32 bits"
+
+class Optim(Section):
+    """The optimizer, its schedule and clipping. docs/optimizers.md tells the optimizers apart."""
+
+    name: Literal["adamw", "adamw_8bit", "lion_8bit", "sgd", "adam", "adafactor", "muon"] = Field(
+        default="adamw",
+        description="8-bit: states of matrices in blocks of 256, of the rest in 32 bits; the last two are refused, "
+        "with the reason",
     )
     learning_rate: float = Field(default=1e-4, gt=0, description="the highest of the schedule")
-    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="after the warmup")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine", description="after the warmup; wsd: constant, then linear over the last decay_steps"
+    )
     warmup_steps: int = Field(default=0, ge=0, description="over which the learning rate rises from 0")
+    decay_steps: int | None = Field(default=None, ge=1, description="of wsd; none: a tenth of the steps")
     final_learning_rate: float = Field(
         default=0.0, ge=0, le=1, description="what the schedule falls towards, as a fraction of learning_rate"
     )
-    betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = Field(
-        default=(0.9, 0.95), description="decay of the first and the second moment"
+    betas: Annotated[tuple[Fraction, Fraction], Strict(False)] | None = Field(
+        default=None,
+        description="decay of the first and the second moment; none: 0.9, 0.95, or of lion_8bit 0.9, 0.99",
     )
-    epsilon: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    epsilon: float | None = Field(
+        default=None, gt=0, description="of the Adams: added to the root of the second moment; none: 1e-8"
+    )
+    momentum: Fraction | None = Field(default=None, description="of sgd; none: 0.9")
     weight_decay: float = Field(default=0.0, ge=0, description="of the matrices alone")
     max_grad_norm: float = Field(default=1.0, ge=0, description="clips the global norm; 0 turns it off")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_settings(cls, given: Any) -> Any:
+        """Fill in what the optimizer needs; refuse what it has no use for, rather than ignore it."""
+        name = given.get("name", "adamw") if isinstance(given, dict) else None
+        own = OPTIMIZERS.get(name) if isinstance(name, str) else None
+        if own is None:
+            return given
+        for key in ("betas", "epsilon", "momentum"):
+            if key not in own and given.get(key) is not None:
+                raise ValueError(f"{key} is no setting of {name}, which has {' and '.join(own)}; remove it")
+        return {**given, **{key: value for key, value in own.items() if given.get(key) is None}}
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(f"decay_steps is no setting of schedule: {self.schedule}; remove it, or set schedule: wsd")
+        if self.final_learning_rate and self.schedule == "constant":
+            raise ValueError("final_learning_rate is no setting of schedule: constant, which never falls; remove it")
+        return self
 
 
 class Loss(Section):

@@ -153,6 +153,20 @@ def test_a_preset_that_is_not_there(base: Path, tmp_path: Path) -> None:
     assert "no preset or file 'zero9'" in mistake("train", run_file(base, tmp_path), "--set", "deepspeed=zero9")
 
 
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("optim.name=muon", "optim.name: muon is refused with zero3: "),
+        ("optim.learning_rate=0", "'optim.learning_rate' is 0; input should be greater than 0"),
+        ("optim.learning_rate=.inf", "'optim.learning_rate' is inf; input should be a finite number"),
+        ("optim={name: sgd, betas: [0.9, 0.95]}", "'optim': betas is no setting of sgd, which has momentum; remove it"),
+    ],
+)
+def test_an_optimizer_that_cannot_work(base: Path, tmp_path: Path, setting: str, complaint: str) -> None:
+    assert complaint in mistake("train", run_file(base, tmp_path), "--set", setting)
+    assert not (tmp_path / "run").exists()
+
+
 def test_resuming_what_is_not_there(base: Path, tmp_path: Path) -> None:
     line = mistake("train", run_file(base, tmp_path), "--resume", "step-3")
     assert "--resume step-3" in line
@@ -247,6 +261,11 @@ def test_a_run_that_is_done_is_not_done_again(chain: Chain) -> None:
 def test_a_changed_setting_is_refused_before_any_worker_starts(chain: Chain) -> None:
     line = mistake("train", chain.run, "--ranks", "2", "--set", "optim.learning_rate=0.1")
     assert "optim.learning_rate: 0.003 → 0.1" in line
+
+
+def test_other_ranks_are_refused_before_any_worker_starts(chain: Chain) -> None:
+    line = mistake("train", chain.run, "--ranks", "1", "--set", "train.steps=5")
+    assert line.endswith("written by 2 ranks; resuming on 1 is not supported yet; start with --ranks 2")
 
 
 def test_the_form_by_hand_does_the_same(chain: Chain, base: Path, tmp_path: Path) -> None:

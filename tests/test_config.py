@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from bigtune.config import Run
+from bigtune.config import Optim, Run
 from bigtune.errors import ConfigError
 from bigtune.runfile import resolve
 
@@ -75,6 +75,45 @@ def test_guards_can_be_turned_off() -> None:
     run = train_of(max_skipped_steps=None, step_timeout_seconds=None)
     assert (run.train.max_skipped_steps, run.train.step_timeout_seconds) == (None, None)
     assert train_of(step_timeout_seconds=60).train.step_timeout_seconds == 60.0
+
+
+@pytest.mark.parametrize(
+    ("optim", "settings"),
+    [
+        ({}, ((0.9, 0.95), 1e-8, None)),
+        ({"name": "adamw_8bit", "betas": [0.8, 0.9]}, ((0.8, 0.9), 1e-8, None)),
+        ({"name": "adam", "epsilon": 1e-6}, ((0.9, 0.95), 1e-6, None)),
+        ({"name": "lion_8bit"}, ((0.9, 0.99), None, None)),
+        ({"name": "sgd"}, (None, None, 0.9)),
+        ({"name": "sgd", "momentum": 0.0, "betas": None}, (None, None, 0.0)),
+    ],
+)
+def test_an_optimizer_gets_the_settings_that_it_has(optim: dict[str, Any], settings: tuple[Any, ...]) -> None:
+    found = Optim(**optim)
+    assert (found.betas, found.epsilon, found.momentum) == settings
+    assert Optim(**found.model_dump()) == found  # as a checkpoint's run.yaml brings it back
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        ({"name": "sgd", "betas": [0.9, 0.95]}, "betas is no setting of sgd, which has momentum; remove it"),
+        ({"name": "lion_8bit", "epsilon": 1e-8}, "epsilon is no setting of lion_8bit, which has betas; remove it"),
+        ({"momentum": 0.9}, "momentum is no setting of adamw, which has betas and epsilon; remove it"),
+        (
+            {"decay_steps": 5},
+            "decay_steps is no setting of schedule: cosine; remove it, or set schedule: wsd",
+        ),
+        (
+            {"schedule": "constant", "final_learning_rate": 0.1},
+            "final_learning_rate is no setting of schedule: constant, which never falls; remove it",
+        ),
+    ],
+)
+def test_a_setting_that_nothing_would_use_is_refused(optim: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve({**run_of().model_dump(mode="json"), "optim": optim})
+    assert str(caught.value) == f"run: 'optim': {message}"
 
 
 def test_a_run_cannot_be_changed() -> None:

@@ -83,12 +83,23 @@ def test_an_unknown_key_names_the_nearest_and_the_valid_ones(tmp_path: Path, tex
     [
         ("optim: {learning_rate: fast}", "'optim.learning_rate' is 'fast'; input should be a valid number"),
         ("optim: {learning_rate: -1.0}", "'optim.learning_rate' is -1.0; input should be greater than 0"),
+        ("optim: {learning_rate: 0}", "'optim.learning_rate' is 0; input should be greater than 0"),
+        ("optim: {learning_rate: .inf}", "'optim.learning_rate' is inf; input should be a finite number"),
         ("optim: {learning_rate: .nan}", "'optim.learning_rate' is nan; input should be a finite number"),
         ("optim: {warmup_steps: 1.5}", "'optim.warmup_steps' is 1.5"),
         ("optim: {warmup_steps: '3'}", "'optim.warmup_steps' is '3'; input should be a valid integer"),
         ("optim: {betas: [0.9, 1.0]}", "'optim.betas.1' is 1.0; input should be less than 1"),
         ("optim: {betas: [0.9]}", "'optim.betas.1' is missing"),
-        ("optim: {name: sgd}", "'optim.name' is 'sgd'; allowed: 'adamw' or 'adamw_8bit'"),
+        (
+            "optim: {name: adamax}",
+            "'optim.name' is 'adamax'; allowed: 'adamw', 'adamw_8bit', 'lion_8bit', 'sgd', 'adam'",
+        ),
+        ("optim: {name: [sgd]}", "'optim.name' is ['sgd']; allowed: 'adamw', "),
+        (
+            "optim: {final_learning_rate: 2}",
+            "'optim.final_learning_rate' is 2; input should be less than or equal to 1",
+        ),
+        ("optim: {decay_steps: 0}", "'optim.decay_steps' is 0; input should be greater than or equal to 1"),
         ("optim: 3", "'optim' is 3"),
         ("checkpoint: {every_steps: 0}", "'checkpoint.every_steps' is 0; input should be greater than or equal to 1"),
         ("evaluate: {sources: []}", "'evaluate.sources' is []"),
@@ -209,4 +220,4 @@ def test_every_recipe_parses_and_names_a_good_preset(recipe: Path) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS, ids=[path.stem for path in PRESETS])
 def test_every_preset_holds_only_what_is_deepspeeds(preset: Path) -> None:
-    assert read_preset(preset.stem)["zero_optimization"]["stage"] == 3
+    assert read_preset(preset.stem)["zero_optimization"]["stage"] in (2, 3)

@@ -7,8 +7,11 @@
       trainer.json, data.json            the trainer's state and the position in the data
       run.yaml, model/                   resolved run file; config, tokenizer and their like
 
-Every rank's file has the same tensors. A parameter of n elements over W ranks takes ceil(n / W) elements of
-each rank's flat partition; rank r holds its elements from r × ceil(n / W), and padding after the last.
+Every rank's file has the same tensors. A parameter lies in a window of each rank's flat partition, the same on all:
+`length` elements from `offset`. One rank's window after the other's, it takes the elements from number `first`:
+
+    ZeRO-3   | a a a  b b | a a ·  b · |     a window a parameter: ceil(n / W) elements, padding after the last
+    ZeRO-2   | a a a a a b | b b c c · · |   one for all: the whole partition, parameter behind parameter
 """
 
 import json
@@ -31,12 +34,13 @@ MASTER = "master"
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter's place in each rank's flat partition, in elements."""
+    """A parameter's place in the ranks' flat partitions, in elements."""
 
     name: str
     shape: tuple[int, ...]
     offset: int
     length: int
+    first: int = 0
 
     @property
     def numel(self) -> int:
@@ -102,10 +106,10 @@ class Layout:
     def ranges(self, sub_group: SubGroup, parameter: Parameter) -> Iterator[Range]:
         """Where the elements of a parameter lie, in order, without padding."""
         for rank in range(self.world_size):
-            start = rank * parameter.length
-            count = min(parameter.length, parameter.numel - start)
-            if count > 0:
-                yield Range(rank, sub_group.index, parameter.offset, start, count)
+            window = rank * parameter.length - parameter.first  # the element that lies, or would lie, at its head
+            start, end = max(0, window), min(parameter.numel, window + parameter.length)
+            if start < end:
+                yield Range(rank, sub_group.index, parameter.offset + start - window, start, end - start)
 
     def write(self, folder: Path) -> None:
         """Write layout.json."""

@@ -16,18 +16,14 @@ def read_partitions(
     """Tensors by kind, and the states' scalars, of each sub-group of `live`; one sub-group is in memory at a time.
 
     Raises:
-        CheckpointError: another number of ranks, parameters laid out in another way, or a broken file.
+        CheckpointError: parameters laid out in another way (as on another number of ranks), or a broken file.
     """
     saved = Layout.read(checkpoint)
-    if saved.world_size != live.world_size:
-        raise CheckpointError(
-            f"{checkpoint}: written by {saved.world_size} ranks; resuming on {live.world_size} is not supported yet; "
-            f"start with --ranks {saved.world_size}"
-        )
-    if [part.parameters for part in saved.sub_groups] != [part.parameters for part in live.sub_groups]:
+    saved_places, live_places = ([part.parameters for part in layout.sub_groups] for layout in (saved, live))
+    if saved.world_size != live.world_size or saved_places != live_places:
         raise CheckpointError(
             f"{checkpoint}: its parameters are laid out in another way than the model's; "
-            "the model, the optimizer's groups or the DeepSpeed preset have changed since"
+            "the model, the optimizer's groups, the DeepSpeed preset or the ranks have changed since"
         )
     path = rank_file(checkpoint, rank, saved.world_size)
     try:

@@ -6,10 +6,12 @@
 No rank ever holds the whole model (design, rule 5).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -78,6 +80,14 @@ def materialise_buffers(model: PreTrainedModel, weights: Weights, device: torch.
             module._buffers[name] = real
         if computed:
             model._init_weights(module)  # transformers' own way to fill them
+
+
+def replace_parameters(model: PreTrainedModel, by: Mapping[int, nn.Parameter]) -> None:
+    """Put other parameters in place, by the identity of those that stand there: in every module that shares one."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = by[id(parameter)]
 
 
 COMPANIONS = (

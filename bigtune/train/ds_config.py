@@ -52,7 +52,7 @@ def read_preset(name: str) -> dict[str, Any]:
     """A preset by name, or a DeepSpeed JSON file by path, without what bigtune owns.
 
     Raises:
-        ConfigError: no such preset or file, broken JSON, a key that the run file owns, or not ZeRO-3.
+        ConfigError: no such preset or file, broken JSON, a key that the run file owns, or neither ZeRO-3 nor 2.
     """
     path = Path(name) if name.endswith(".json") else preset_folder() / f"{name}.json"
     if not path.is_file():
@@ -70,8 +70,8 @@ def read_preset(name: str) -> dict[str, Any]:
         config.pop(key, None)
     zero = config.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if not isinstance(zero, dict) or stage != 3:
-        raise ConfigError(f"{path}: zero_optimization.stage is {stage}; bigtune trains with stage 3")
+    if not isinstance(zero, dict) or stage not in (2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage is {stage}; bigtune trains with stage 3 or 2")
     _refuse_other_partitions(path, zero)
     return config
 
@@ -90,6 +90,10 @@ def _refuse_other_partitions(path: Path, zero: dict[str, Any]) -> None:
     device = offload.get("device", "none")
     if device not in ("none", "cpu"):
         raise ConfigError(f"{path}: zero_optimization.offload_optimizer.device is {device}; use none or cpu")
+    if device == "cpu" and zero["stage"] == 2:
+        raise ConfigError(
+            f"{path}: zero_optimization.offload_optimizer with stage 2 is not supported; use zero3_offload"
+        )
     if offload.get("ratio", 1) != 1:
         raise ConfigError(f"{path}: zero_optimization.offload_optimizer.ratio is not supported yet; remove it")
 

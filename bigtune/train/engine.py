@@ -1,10 +1,10 @@
-"""The one place that knows DeepSpeed: partitions filled from shards, exact micro-steps, the optimizer step.
+"""The one place that knows DeepSpeed: exact micro-steps, the optimizer step, and what a rank holds.
 
-DeepSpeed's internals are named here and nowhere else: `Partition` is what the rest of bigtune sees of them.
+Where ZeRO-3 and ZeRO-2 differ is in zero3.py and zero2.py, which offer the same functions. DeepSpeed's internals are
+named in these three and nowhere else: `Partition` is what the rest of bigtune sees of them.
 """
 
 import ctypes
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bigtune.checkpoint.layout import Parameter
@@ -23,6 +22,7 @@ from bigtune.model.attention import documents
 from bigtune.model.load import EXACT, materialise_buffers, skeleton
 from bigtune.model.recompute import checkpoint_activations
 from bigtune.model.weights import Weights
+from bigtune.train import zero2, zero3
 from bigtune.train.objective import Asked, Objective
 from bigtune.train.optim import build_optimizer, parameter_groups
 from bigtune.train.pace import Pace
@@ -53,7 +53,7 @@ class Partition:
 
 
 class Engine:
-    """A model on ZeRO-3 with its optimizer."""
+    """A model on ZeRO-3, or ZeRO-2, with its optimizer."""
 
     def __init__(
         self,
@@ -83,7 +83,8 @@ class Engine:
         weights = Weights(model, model_path)
         self.tied, self.joined, self.saved_buffers = _tied_names(model), weights.joined, weights.saved_buffers()
         materialise_buffers(model, weights, device())  # while the parameters have their shapes
-        self.parameters = _partition(model, weights, ds_config, dtype, world)
+        self._stage = zero2 if ds_config["zero_optimization"]["stage"] == 2 else zero3
+        self.parameters: dict[str, nn.Parameter] = self._stage.load(model, weights, ds_config, dtype, world)
         if model.config.model_type not in EXACT:
             # Gather whole layers: some use weights of parts that they do not call, or call other parts on other ranks.
             set_z3_leaf_modules(model, [GradientCheckpointingLayer], raise_if_not_found=False)
@@ -97,7 +98,7 @@ class Engine:
             optimizer=build_optimizer(parameter_groups(model, optim), optim, adamw),
             config=ds_config,
         )
-        _refuse_non_finite(self._optimizer)
+        self._stage.refuse_non_finite(self._optimizer)
         self.pace = Pace(self.objective)
         if self._engine.device.type == "cpu":
             ctypes.CDLL(None).malloc_trim(0)  # what initialize used and freed
@@ -168,78 +169,25 @@ class Engine:
         """This rank's flat partitions, in DeepSpeed's order; it calls them sub-groups."""
         zero = self._optimizer
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        for index, members in enumerate(zero.fp16_groups):
-            parameters, offset = [], 0
-            for member in members:
-                length = member.partition_numel()
-                parameters.append(Parameter(names[id(member)], tuple(member.ds_shape), offset, length))
-                offset += length
-            master = zero.fp32_partitioned_groups_flat[index]
-            yield Partition(
-                index=index,
-                group=zero.param_groups[zero.sub_group_to_group_id[index]],
-                parameters=tuple(parameters),
-                master=master,
-                state=zero.optimizer.state[master],
-            )
+        for index, (parameters, master, group) in enumerate(self._stage.groups(zero, names)):
+            yield Partition(index, group, parameters, master, state=zero.optimizer.state[master])
 
     def held(self) -> dict[str, list[torch.Tensor]]:
         """The lasting tensors of this rank by kind, wherever they lie; some share memory."""
-        zero, masters = self._optimizer, self._optimizer.fp32_partitioned_groups_flat
-        parameters = [tensor for p in self.parameters.values() for tensor in (p.ds_tensor, p.data)]  # type: ignore[attr-defined]
-        gradients = [zero.grad_partitions_flat_buffer, *(m.grad for m in masters if m.grad is not None)]
-        states = [value for state in zero.optimizer.state.values() for value in state.values()]
-        return {
-            "parameters": [*parameters, *self._engine.module.buffers()],
-            "gradients": gradients,
-            "buckets": [bucket.buffer for bucket in zero.ipg_buckets.values() if bucket.buffer is not None],
-            "optimizer": [*masters, *(state for state in states if isinstance(state, torch.Tensor))],
-        }
+        states = [value for state in self.base_optimizer.state.values() for value in state.values()]
+        held: dict[str, list[torch.Tensor]] = self._stage.held(self._optimizer, self.parameters.values())
+        held["parameters"] += self._engine.module.buffers()
+        held["optimizer"] += [state for state in states if isinstance(state, torch.Tensor)]
+        return held
 
     def replicas(self) -> dict[str, list[torch.Tensor]]:
-        """What each rank holds whole, and the same as every other: small parameters that stay gathered, buffers."""
-        gathered = [p.data for p in self._optimizer.persistent_parameters if p.data.numel() == p.ds_numel]
-        return {"parameters": gathered, "buffers": list(self._engine.module.buffers())}
+        """What each rank holds whole, and the same as every other."""
+        whole = self._stage.replicas(self._optimizer, self.parameters.values())
+        return {"parameters": whole, "buffers": list(self._engine.module.buffers())}
 
     def refresh(self) -> None:
         """Make the model compute with the master values, after they were overwritten."""
-        zero = self._optimizer
-        zero._partition_all_parameters()  # gathered persistent parameters would be stale
-        for index, master in enumerate(zero.fp32_partitioned_groups_flat):
-            flat = zero.fp16_partitioned_groups_flat[index]
-            if flat.data_ptr() != master.data_ptr():
-                flat.data.copy_(master.data)
-            zero._unflatten_partitioned_parameters(index)
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-
-
-class _NotFiniteError(Exception):
-    """Found before the optimizer has changed anything."""
-
-
-def _refuse_non_finite(zero: Any) -> None:
-    """Skip every step whose gradient is not finite on some rank, in every data type.
-
-    The global norm says it, which the ranks have reduced: DeepSpeed gives -1 for one that is not finite. What
-    DeepSpeed itself does then depends on its release, so that it does not get to decide.
-    """
-    norms, step = zero._get_norm_groups, zero.step
-
-    def finite_norms() -> Any:
-        found = norms()
-        if not all(0.0 <= float(norm) < math.inf for norm in found):
-            raise _NotFiniteError
-        return found
-
-    def guarded_step(closure: None = None) -> None:
-        try:
-            step()
-        except _NotFiniteError:
-            zero.overflow, zero._global_grad_norm = True, math.inf
-            zero._overflow_clean_up(zero.loss_scale)  # drops the gradients
-
-    zero._get_norm_groups, zero.step = finite_norms, guarded_step
+        self._stage.refresh(self._optimizer)
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -250,46 +198,3 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
         if first.setdefault(id(parameter), name) != name:
             tied[name] = first[id(parameter)]
     return tied
-
-
-def _partition(
-    model: PreTrainedModel, weights: Weights, ds_config: dict[str, Any], dtype: torch.dtype, world: World
-) -> dict[str, nn.Parameter]:
-    """Replace every meta parameter by a ZeRO-3 one whose partition is read from its byte range.
-
-    The same as `zero.Init` and `from_pretrained` would leave behind, to the last bit, but no rank reads or
-    holds more than its share.
-
-    Returns:
-        The ZeRO-3 parameters by Hugging Face's names.
-    """
-    import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
-
-    init = deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype)
-    parameters: dict[str, nn.Parameter] = {}
-    replaced: dict[int, nn.Parameter] = {}
-    for name, old in model.named_parameters():
-        # A stand-in with the full shape and zero strides: it takes no memory.
-        new = nn.Parameter(torch.empty(1, dtype=dtype, device=device()).expand(old.shape), old.requires_grad)
-        new.__dict__.update(old.__dict__)
-        init._convert_to_deepspeed_param(new)
-        length = -(-old.numel() // world.world_size)
-        partition = torch.zeros(length, dtype=dtype, device=device())
-        start = length * world.rank
-        count = min(length, max(0, old.numel() - start))
-        if count:
-            weights.read(name, start, count, partition)
-        partition.ds_numel = length  # type: ignore[attr-defined]
-        partition.status = PartitionedParamStatus.AVAILABLE  # type: ignore[attr-defined]
-        partition.final_location = None  # type: ignore[attr-defined]
-        new.ds_tensor = partition  # type: ignore[attr-defined]
-        new.ds_numel_aligned = length * world.world_size  # type: ignore[attr-defined]
-        new.data = torch.empty(0, dtype=dtype, device=device())
-        new.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
-        parameters[name] = replaced[id(old)] = new
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = replaced[id(parameter)]
-    return parameters

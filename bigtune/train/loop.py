@@ -39,6 +39,7 @@ from bigtune.train.saving import Progress, Saver
 from bigtune.train.schedule import learning_rate
 from bigtune.train.signals import StopRequest
 from bigtune.train.state import restore
+from bigtune.train.support import check
 
 
 def train(
@@ -66,7 +67,7 @@ def train(
         progress = _read_progress(start, rows, run.train, new_data, console) if start else Progress()
         steps = _last_step(run.train, rows, progress)
         precision = _precision(run.train, start)
-        ds_config = _settle(run, precision, rows, world)
+        ds_config = _settle(run, start, precision, rows, world)
         console.say(_headline(run, world, steps, precision, rows))
         engine = _engine(run, ds_config, precision, world, cpu_adam, start, rows, console)
         metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began, world)
@@ -141,11 +142,13 @@ def _last_step(section: Train, rows: Rows, progress: Progress) -> int:
     return progress.step + steps_of(rows, section.epochs or 1, section.global_batch, progress.position)
 
 
-def _settle(run: Run, precision: str, rows: Rows, world: World) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run whose model and documents fit; written down beside the run file."""
+def _settle(run: Run, start: Path | None, precision: str, rows: Rows, world: World) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run whose parts go together; written down beside the run file."""
+    preset = read_preset(run.deepspeed)
+    check(run, preset, start, world.world_size)
     model_config = read_config(run.model.path)
     check_fit(model_config, rows)
-    ds_config = complete(read_preset(run.deepspeed), run, precision, model_config.hidden_size)
+    ds_config = complete(preset, run, precision, model_config.hidden_size)
     if world.is_main:
         (run.output / "run.yaml").write_text(to_yaml(run), encoding="utf-8")
         (run.output / "deepspeed.json").write_text(to_json(ds_config), encoding="utf-8")

@@ -41,7 +41,7 @@ def parameter_groups(model: PreTrainedModel, optim: Optim) -> list[dict[str, Any
             "name": name,
             "params": parameters,
             "weight_decay": optim.weight_decay if name == "matrices" else 0.0,
-            "optim_bits": 8 if name == "matrices" and optim.name == "adamw_8bit" else 32,
+            "optim_bits": 8 if name == "matrices" and optim.name.endswith("_8bit") else 32,
         }
         for name, parameters in members.items()
         if parameters
@@ -51,29 +51,41 @@ def parameter_groups(model: PreTrainedModel, optim: Optim) -> list[dict[str, Any
 def build_optimizer(
     groups: list[dict[str, Any]], optim: Optim, adamw: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
 ) -> torch.optim.Optimizer:
-    """The optimizer named in the run file, with AdamW's decoupled decay (https://arxiv.org/abs/1711.05101).
+    """The optimizer named in the run file.
+
+    Each updates an element by that element's own gradient and state, so that it works on flat partitions, wherever
+    their borders are. Decay is decoupled (https://arxiv.org/abs/1711.05101) in adamw and lion
+    (https://arxiv.org/abs/2302.06675); in sgd and adam it is a part of the gradient, as torch has it.
 
     Args:
         adamw: the implementation of 32-bit AdamW, if not torch's fused one.
     """
-    settings: dict[str, Any] = {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.epsilon}
-    if optim.name == "adamw":
-        return adamw(groups, **settings, **({"fused": True} if adamw is torch.optim.AdamW else {}))
-    return _adamw_8bit(groups, settings)
+    settings: dict[str, Any] = {"lr": optim.learning_rate}
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, **settings, momentum=optim.momentum or 0.0, fused=True)
+    settings["betas"] = optim.betas
+    if optim.name == "lion_8bit":
+        return _by_group("Lion8bit")(groups, **settings)
+    settings["eps"] = optim.epsilon
+    if optim.name == "adamw_8bit":
+        return _by_group("AdamW8bit")(groups, **settings)
+    if optim.name == "adam":
+        return torch.optim.Adam(groups, **settings, fused=True)
+    return adamw(groups, **settings, **({"fused": True} if adamw is torch.optim.AdamW else {}))
 
 
-def _adamw_8bit(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+def _by_group(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """An 8-bit optimizer whose state precision is the group's; bitsandbytes decides it by tensor size and identity."""
     import bitsandbytes  # takes seconds to import, so only where it is used
 
-    class AdamW8bitByGroup(bitsandbytes.optim.AdamW8bit):  # type: ignore[misc]
-        """State precision from the group; bitsandbytes decides it by tensor size and identity."""
+    base: Any = getattr(bitsandbytes.optim, name)
 
+    class ByGroup(base):  # type: ignore[misc]
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             config: dict[str, Any] = super().get_config(gindex, pindex, group)
             return config | {"optim_bits": group["optim_bits"], "min_8bit_size": 0}
 
-    optimizer: torch.optim.Optimizer = AdamW8bitByGroup(groups, **settings)
-    return optimizer
+    return ByGroup
 
 
 def export_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -98,12 +110,13 @@ def import_state(
 ) -> None:
     """Give a partition the state that `export_state` took, in the form that its optimizer keeps it in."""
     state: dict[str, Any] = {name: tensor.to(partition.device) for name, tensor in tensors.items()}
-    if isinstance(optimizer, torch.optim.AdamW):  # counts steps in a float32 tensor, others in an integer
+    if isinstance(optimizer, torch.optim.Adam):  # and AdamW: steps in a float32 tensor, where others have an integer
         state |= {name: torch.tensor(value, device=partition.device) for name, value in scalars.items()}
     else:
         state |= {name: int(value) for name, value in scalars.items()}
     if "absmax1" in state:
         optimizer.fill_qmap()  # type: ignore[attr-defined]
         for name, book in CODE_BOOKS.items():
-            state[name] = optimizer.name2qmap[book].to(partition.device)  # type: ignore[attr-defined]
+            if f"absmax{name[-1]}" in state:  # lion has one moment
+                state[name] = optimizer.name2qmap[book].to(partition.device)  # type: ignore[attr-defined]
     optimizer.state[partition] = state

@@ -1,6 +1,7 @@
 """The layout says for every element of every parameter where it lies, once, whatever the number of ranks."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,23 +14,39 @@ SHAPES = {"whole": (8, 15), "odd": (7, 3), "few": (3,), "one": (1,)}
 
 
 def layout(world_size: int) -> Layout:
+    """ZeRO-3's: a window a parameter."""
     parameters, offset = [], 0
     for name, shape in SHAPES.items():
         numel = Parameter(name, shape, 0, 0).numel
         parameters.append(Parameter(name, shape, offset, -(-numel // world_size)))
         offset += parameters[-1].length
+    return of_halves(world_size, parameters[:2], parameters[2:])
+
+
+def even_cuts(world_size: int) -> Layout:
+    """ZeRO-2's: parameter behind parameter, with a gap before the last, as alignment leaves one; then cut evenly."""
+    halves = []
+    for names in (("whole", "odd"), ("few", "one")):
+        numels = [Parameter(name, SHAPES[name], 0, 0).numel for name in names]
+        length = -(-(sum(numels) + 1) // world_size)
+        halves.append([Parameter(name, SHAPES[name], 0, length, i * (numels[0] + 1)) for i, name in enumerate(names)])
+    return of_halves(world_size, *halves)
+
+
+def of_halves(world_size: int, *halves: list[Parameter]) -> Layout:
     states = {"state1": State("uint8", 1), "absmax1": State("float32", 256)}
-    halves = (parameters[:2], parameters[2:])
     groups = tuple(
-        SubGroup(index, name, sum(p.length for p in part), tuple(part), states, {"step": 3.0})
+        SubGroup(index, name, max(p.offset + p.length for p in part), tuple(part), states, {"step": 3.0})
         for index, (name, part) in enumerate(zip(("matrices", "vectors"), halves, strict=True))
     )
     return Layout(world_size, "bfloat16", groups, {"lm_head.weight": "whole"}, {"whole": {"a": (60,), "b": (5, 12)}})
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-def test_ranges_cover_each_parameter_once_without_padding(world_size: int) -> None:
-    described = layout(world_size)
+@pytest.mark.parametrize("kind", [layout, even_cuts])
+def test_ranges_cover_each_parameter_once_without_padding(kind: Callable[[int], Layout], world_size: int) -> None:
+    described = kind(world_size)
+    taken: set[tuple[int, int, int]] = set()
     assert [parameter.name for _, parameter in described.parameters()] == list(SHAPES)
     for sub_group, parameter in described.parameters():
         covered: list[int] = []
@@ -39,6 +56,9 @@ def test_ranges_cover_each_parameter_once_without_padding(world_size: int) -> No
             assert parameter.offset <= piece.offset
             assert piece.offset + piece.count <= parameter.offset + parameter.length
             covered += range(piece.start, piece.start + piece.count)
+            places = {(piece.rank, piece.sub_group, place) for place in range(piece.offset, piece.offset + piece.count)}
+            assert not places & taken
+            taken |= places
         assert covered == list(range(parameter.numel))
 
 
@@ -48,15 +68,26 @@ def test_ranks_that_hold_nothing_of_a_parameter_have_no_range() -> None:
     assert ranks == {"whole": [0, 1, 2, 3, 4], "odd": [0, 1, 2, 3, 4], "few": [0, 1, 2], "one": [0]}
 
 
+def test_a_border_may_pass_through_a_parameter() -> None:
+    """142 elements on 3 ranks, 48 each: the first parameter ends on the last rank, and the second begins there."""
+    described = even_cuts(3)
+    group = described.sub_groups[0]
+    pieces = {
+        p.name: [(r.rank, r.offset, r.start, r.count) for r in described.ranges(group, p)] for p in group.parameters
+    }
+    assert pieces == {"whole": [(0, 0, 0, 48), (1, 0, 48, 48), (2, 0, 96, 24)], "odd": [(2, 25, 0, 21)]}
+
+
 def test_a_scalar_parameter_has_one_element() -> None:
     parameter = Parameter("scale", (), 0, 1)
     described = Layout(2, "float32", (SubGroup(0, "vectors", 1, (parameter,), {}, {}),), {}, {})
     assert [piece.count for piece in described.ranges(described.sub_groups[0], parameter)] == [1]
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
-    layout(3).write(tmp_path)
-    assert Layout.read(tmp_path) == layout(3)
+@pytest.mark.parametrize("kind", [layout, even_cuts])
+def test_what_was_written_is_read(tmp_path: Path, kind: Callable[[int], Layout]) -> None:
+    kind(3).write(tmp_path)
+    assert Layout.read(tmp_path) == kind(3)
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ RUNS = (
     "adamw_8bit untied float32 zero3",
     "adamw_8bit tied bfloat16 zero3",
     "adamw tied bfloat16 zero3_offload",
+    "lion_8bit tied bfloat16 zero2",
 )
 
 
@@ -179,7 +180,7 @@ def test_only_the_last_checkpoints_are_kept_where_asked(plain: Trained, tmp_path
     assert sorted(path.name for path in (run.output / "checkpoints").iterdir()) == ["latest", "step-3", "step-4"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_8_bit_states_are_the_matrices_alone_on_any_number_of_ranks(
     trained: Trained, tmp_path: Path, ranks: int
 ) -> None:
@@ -187,9 +188,11 @@ def test_8_bit_states_are_the_matrices_alone_on_any_number_of_ranks(
     train(run, ranks=ranks)
     layout = Layout.read(step(run, 1))
     assert {group.group for group in layout.sub_groups} == {"matrices", "embeddings", "vectors"}
-    kinds = ("exp_avg", "exp_avg_sq") if run.optim.name == "adamw" else ("state1", "state2")
+    kinds = {"adamw": ("exp_avg", "exp_avg_sq"), "adamw_8bit": ("state1", "state2"), "lion_8bit": ("state1",)}[
+        run.optim.name
+    ]
     for group in layout.sub_groups:
-        eight = run.optim.name == "adamw_8bit" and group.group == "matrices"
+        eight = run.optim.name.endswith("_8bit") and group.group == "matrices"
         for rank in range(ranks):
             content = load_file(step(run, 1) / f"rank-{rank:05d}-of-{ranks:05d}.safetensors")
             assert content[f"{group.index}.master"].dtype == torch.float32
@@ -214,8 +217,8 @@ def whole_parameters(folder: Path) -> dict[str, torch.Tensor]:
         for entry in group["parameters"]:
             start, end = entry["offset"], entry["offset"] + entry["length"]
             flat = torch.cat([content[f"{group['index']}.master"][start:end] for content in ranks])
-            numel = torch.Size(entry["shape"]).numel()
-            whole[entry["name"]] = flat[:numel].view(entry["shape"])
+            first, numel = entry["first"], torch.Size(entry["shape"]).numel()
+            whole[entry["name"]] = flat[first : first + numel].view(entry["shape"])
     return whole
 
 

@@ -44,10 +44,6 @@ def write(folder: Path, config: Any) -> str:
     return str(path)
 
 
-def stage3(**changes: Any) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": 3}, **changes}
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -67,8 +63,11 @@ def stage3(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_key_that_the_run_file_owns_is_refused_with_the_run_files_key(tmp_path: Path, key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"'{key}' is owned by the run file; remove it and set {OWNED[key]} there"):
-        read_preset(write(tmp_path, stage3(**{key: value})))
+    for stage in (2, 3):
+        with pytest.raises(
+            ConfigError, match=f"'{key}' is owned by the run file; remove it and set {OWNED[key]} there"
+        ):
+            read_preset(write(tmp_path, {"zero_optimization": {"stage": stage}, key: value}))
 
 
 @pytest.mark.parametrize(
@@ -160,10 +159,17 @@ def test_an_auto_that_bigtune_cannot_fill_is_refused_by_name(tmp_path: Path) -> 
         complete(preset, tiny_run(tmp_path), "float32", 36)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, "auto", None])
+@pytest.mark.parametrize("stage", [0, 1, "auto", None])
 def test_another_stage_is_refused(tmp_path: Path, stage: Any) -> None:
-    with pytest.raises(ConfigError, match=f"stage is {stage}; bigtune trains with stage 3"):
+    with pytest.raises(ConfigError, match=f"stage is {stage}; bigtune trains with stage 3 or 2"):
         read_preset(write(tmp_path, {"zero_optimization": {"stage": stage}}))
+
+
+def test_offload_goes_with_stage_3_alone(tmp_path: Path) -> None:
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    with pytest.raises(ConfigError, match="offload_optimizer with stage 2 is not supported; use zero3_offload"):
+        read_preset(write(tmp_path, {"zero_optimization": zero}))
+    read_preset(write(tmp_path, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}))
 
 
 @pytest.mark.parametrize("zero", [{}, {"zero_optimization": None}, {"zero_optimization": True}])

@@ -63,7 +63,8 @@ def unchanged_by(folder: Path, precision: str, preset: str, max_grad_norm: float
     off: Any = {} if guarded else {"side_effect": lambda zero: None}
     with (
         mock.patch("deepspeed.runtime.zero.stage3.is_invalid_grad_norm", lambda norm: False),
-        mock.patch("bigtune.train.engine._refuse_non_finite", **off) if not guarded else _as_is(),
+        mock.patch("deepspeed.runtime.zero.stage_1_and_2.is_invalid_grad_norm", lambda norm: False),
+        mock.patch(f"bigtune.train.{preset[:5]}.refuse_non_finite", **off) if not guarded else _as_is(),
     ):
         engine = Engine(folder, run.optim, complete(read_preset(preset), run, precision, 36), precision, world)
         assert step(engine, world, None)
@@ -104,7 +105,7 @@ def everything(engine: Engine) -> list[torch.Tensor]:
     for part in engine.partitions():
         states = [torch.as_tensor(value) for value in part.state.values()]
         tensors += [part.master, *states]
-    tensors += [parameter.ds_tensor for parameter in engine.parameters.values()]  # type: ignore[attr-defined]
+    tensors += [getattr(parameter, "ds_tensor", parameter.data) for parameter in engine.parameters.values()]
     return [tensor.detach().clone() for tensor in tensors]
 
 
@@ -121,7 +122,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("preset", ["zero3", "zero3_offload"])
+@pytest.mark.parametrize("preset", ["zero3", "zero3_offload", "zero2"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_what_is_not_finite_on_one_rank_changes_nothing_on_any(
     folder: Path, precision: str, preset: str, max_grad_norm: float
@@ -130,10 +131,11 @@ def test_what_is_not_finite_on_one_rank_changes_nothing_on_any(
         assert found == dict.fromkeys(POISONS, True)
 
 
+@pytest.mark.parametrize("preset", ["zero3", "zero2"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_without_the_guard_it_would(folder: Path, precision: str) -> None:
+def test_without_the_guard_it_would(folder: Path, precision: str, preset: str) -> None:
     """The mutation: DeepSpeed's own look is off in both."""
-    for found in run_distributed(unchanged_by, 2, folder, precision, "zero3", 1.0, False):
+    for found in run_distributed(unchanged_by, 2, folder, precision, preset, 1.0, False):
         assert not any(found.values())
 
 

@@ -1,0 +1,92 @@
+"""What DeepSpeed's ZeRO-2 does in another way than ZeRO-3: every rank has the whole model in its precision.
+
+group ─flatten─▶ | a a a a a b | b b c c · · |    float32 masters, gradients and states: an even cut of each
+                                                  optimizer group; a border may pass through a parameter
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bigtune.checkpoint.layout import Parameter
+from bigtune.dist import World, device
+from bigtune.model.load import replace_parameters
+from bigtune.model.weights import Weights
+
+
+def load(
+    model: PreTrainedModel, weights: Weights, _ds_config: dict[str, Any], dtype: torch.dtype, _world: World
+) -> dict[str, nn.Parameter]:
+    """Replace every meta parameter by one that is read whole, on every rank.
+
+    Returns:
+        The parameters by Hugging Face's names.
+    """
+    parameters: dict[str, nn.Parameter] = {}
+    replaced: dict[int, nn.Parameter] = {}
+    for name, old in model.named_parameters():
+        new = nn.Parameter(torch.empty(old.shape, dtype=dtype, device=device()), old.requires_grad)
+        new.__dict__.update(old.__dict__)
+        weights.read(name, 0, new.numel(), new.data.view(-1))
+        parameters[name] = replaced[id(old)] = new
+    replace_parameters(model, replaced)
+    return parameters
+
+
+def groups(zero: Any, names: Mapping[int, str]) -> Iterator[tuple[tuple[Parameter, ...], torch.Tensor, dict[str, Any]]]:
+    """Parameters, this rank's float32 partition and the optimizer group, group by group.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+        names: of the parameters, by identity.
+    """
+    for members, offsets, master, group in zip(
+        zero.round_robin_bit16_groups,  # in the order in which they are flattened
+        zero.round_robin_bit16_offsets,
+        zero.single_partition_of_fp32_groups,
+        zero.param_groups,
+        strict=True,
+    ):
+        parameters = tuple(
+            Parameter(names[id(member)], tuple(member.shape), 0, master.numel(), offset)
+            for member, offset in zip(members, offsets, strict=True)
+        )
+        yield parameters, master, group
+
+
+def refresh(zero: Any) -> None:
+    """Make the model compute with the master values, after they were overwritten, collectively."""
+    zero.update_lp_params()
+
+
+def held(zero: Any, parameters: Collection[nn.Parameter]) -> dict[str, list[torch.Tensor]]:
+    """The lasting tensors of this rank by kind, but for the optimizer's states; some share memory."""
+    averaged = [gradient for group in zero.averaged_gradients.values() for gradient in group or ()]
+    return {
+        "parameters": [parameter.data for parameter in parameters],
+        "gradients": [*averaged, *(parameter.grad for parameter in parameters if parameter.grad is not None)],
+        "buckets": [buffer for bucket in zero.ipg_buckets.values() for buffer in bucket.buffer if buffer is not None],
+        "optimizer": [*zero.single_partition_of_fp32_groups],
+    }
+
+
+def replicas(_: Any, parameters: Collection[nn.Parameter]) -> list[torch.Tensor]:
+    """What each rank holds whole, and the same as every other: the model."""
+    return [parameter.data for parameter in parameters]
+
+
+def refuse_non_finite(zero: Any) -> None:
+    """Skip every step whose gradient is not finite on some rank, in every data type.
+
+    The global norm says it, which the ranks have reduced: DeepSpeed gives -1 for one that is not finite, and by itself
+    takes no notice of that in bfloat16.
+    """
+
+    def check(partition_gradients: bool = True) -> None:
+        zero.overflow = not 0.0 <= float(zero.scaled_global_norm()) < math.inf
+
+    zero.check_grad_overflow, zero.check_overflow = True, check

@@ -1,0 +1,132 @@
+"""ZeRO-3: every rank has a part of each parameter, of its gradient and of its optimizer's state.
+
+Shapes follow from the world: of n elements over W ranks each has ceil(n / W), the last ones padding.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bigtune.checkpoint.layout import Parameter
+from bigtune.dist import World, device
+from bigtune.model.load import replace_parameters
+from bigtune.model.weights import Weights
+
+
+def load(
+    model: PreTrainedModel, weights: Weights, ds_config: dict[str, Any], dtype: torch.dtype, world: World
+) -> dict[str, nn.Parameter]:
+    """Replace every meta parameter by a ZeRO-3 one whose partition is read from its byte range.
+
+    The same as `zero.Init` and `from_pretrained` would leave behind, to the last bit, but no rank reads or
+    holds more than its share.
+
+    Returns:
+        The ZeRO-3 parameters by Hugging Face's names.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+
+    init = deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype)
+    parameters: dict[str, nn.Parameter] = {}
+    replaced: dict[int, nn.Parameter] = {}
+    for name, old in model.named_parameters():
+        # A stand-in with the full shape and zero strides: it takes no memory.
+        new = nn.Parameter(torch.empty(1, dtype=dtype, device=device()).expand(old.shape), old.requires_grad)
+        new.__dict__.update(old.__dict__)
+        init._convert_to_deepspeed_param(new)
+        length = -(-old.numel() // world.world_size)
+        partition = torch.zeros(length, dtype=dtype, device=device())
+        start = length * world.rank
+        count = min(length, max(0, old.numel() - start))
+        if count:
+            weights.read(name, start, count, partition)
+        partition.ds_numel = length  # type: ignore[attr-defined]
+        partition.status = PartitionedParamStatus.AVAILABLE  # type: ignore[attr-defined]
+        partition.final_location = None  # type: ignore[attr-defined]
+        new.ds_tensor = partition  # type: ignore[attr-defined]
+        new.ds_numel_aligned = length * world.world_size  # type: ignore[attr-defined]
+        new.data = torch.empty(0, dtype=dtype, device=device())
+        new.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+        parameters[name] = replaced[id(old)] = new
+    replace_parameters(model, replaced)
+    return parameters
+
+
+def groups(zero: Any, names: Mapping[int, str]) -> Iterator[tuple[tuple[Parameter, ...], torch.Tensor, dict[str, Any]]]:
+    """Parameters, this rank's float32 partition and the optimizer group of each sub-group.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+        names: of the parameters, by identity.
+    """
+    for index, members in enumerate(zero.fp16_groups):
+        parameters, offset = [], 0
+        for member in members:
+            length = member.partition_numel()
+            parameters.append(Parameter(names[id(member)], tuple(member.ds_shape), offset, length))
+            offset += length
+        group = zero.param_groups[zero.sub_group_to_group_id[index]]
+        yield tuple(parameters), zero.fp32_partitioned_groups_flat[index], group
+
+
+def refresh(zero: Any) -> None:
+    """Make the model compute with the master values, after they were overwritten, collectively."""
+    zero._partition_all_parameters()  # gathered persistent parameters would be stale
+    for index, master in enumerate(zero.fp32_partitioned_groups_flat):
+        flat = zero.fp16_partitioned_groups_flat[index]
+        if flat.data_ptr() != master.data_ptr():
+            flat.data.copy_(master.data)
+        zero._unflatten_partitioned_parameters(index)
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def held(zero: Any, parameters: Collection[nn.Parameter]) -> dict[str, list[torch.Tensor]]:
+    """The lasting tensors of this rank by kind, but for the optimizer's states; some share memory."""
+    masters = zero.fp32_partitioned_groups_flat
+    return {
+        "parameters": [
+            tensor for parameter in parameters for tensor in (cast(Any, parameter).ds_tensor, parameter.data)
+        ],
+        "gradients": [zero.grad_partitions_flat_buffer, *(m.grad for m in masters if m.grad is not None)],
+        "buckets": [bucket.buffer for bucket in zero.ipg_buckets.values() if bucket.buffer is not None],
+        "optimizer": [*masters],
+    }
+
+
+def replicas(zero: Any, _: Collection[nn.Parameter]) -> list[torch.Tensor]:
+    """What each rank holds whole, and the same as every other: small parameters that stay gathered."""
+    return [p.data for p in zero.persistent_parameters if p.data.numel() == p.ds_numel]
+
+
+class _NotFiniteError(Exception):
+    """Found before the optimizer has changed anything."""
+
+
+def refuse_non_finite(zero: Any) -> None:
+    """Skip every step whose gradient is not finite on some rank, in every data type.
+
+    The global norm says it, which the ranks have reduced: DeepSpeed gives -1 for one that is not finite. What
+    DeepSpeed itself does then depends on its release, so that it does not get to decide.
+    """
+    norms, step = zero._get_norm_groups, zero.step
+
+    def finite_norms() -> Any:
+        found = norms()
+        if not all(0.0 <= float(norm) < math.inf for norm in found):
+            raise _NotFiniteError
+        return found
+
+    def guarded_step(closure: None = None) -> None:
+        try:
+            step()
+        except _NotFiniteError:
+            zero.overflow, zero._global_grad_norm = True, math.inf
+            zero._overflow_clean_up(zero.loss_scale)  # drops the gradients
+
+    zero._get_norm_groups, zero.step = finite_norms, guarded_step

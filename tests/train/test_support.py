@@ -1,0 +1,116 @@
+"""Every cell of the table of preset × optimizer × resume: what it says yes to works, what it refuses is told."""
+
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bigtune.checkpoint.layout import MASTER, Layout
+from bigtune.checkpoint.merge import merge
+from bigtune.config import OPTIMIZERS, Optim, Run
+from bigtune.data.prepare import prepare
+from bigtune.errors import CheckpointError, ConfigError
+from bigtune.train.ds_config import preset_folder, read_preset
+from bigtune.train.support import PRESETS, RESUME, TRAIN, check, preset_of
+from tests.distributed import run_distributed
+from tests.tiny import tiny_model, tiny_run, write_rows
+from tests.training import differing, metrics, step, train, train_on_rank
+
+CELLS = [(preset, name) for name in TRAIN for preset in PRESETS]
+SUPPORTED = [(preset, name) for preset, name in CELLS if not TRAIN[name][PRESETS.index(preset)]]
+REFUSED = [cell for cell in CELLS if cell not in SUPPORTED]
+RATES = {"sgd": 0.1, "lion_8bit": 3e-4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("support")
+    tiny_model(folder / "model", tied=False)
+    write_rows(folder / "rows.jsonl")
+    run = run_of(folder, "zero3", "adamw")
+    prepare(run.data, run.model.path, run.store)
+    return folder
+
+
+def run_of(folder: Path, preset: str, name: str, output: str = "run", **changes: object) -> Run:
+    settings = {
+        "deepspeed": preset, "optim__name": name, "optim__learning_rate": RATES.get(name, 3e-3), "train__steps": 4,
+        "optim__schedule": "constant", "checkpoint__every_steps": 2, "data__store": str(folder / "store"),
+        "output": str(folder / preset / name / output),
+    }  # fmt: skip
+    return tiny_run(folder, **{**settings, **changes})
+
+
+def test_the_table_has_every_preset_and_every_optimizer() -> None:
+    assert set(PRESETS) == {path.stem for path in preset_folder().glob("*.json")}
+    assert set(TRAIN) == set(get_args(Optim.model_fields["name"].annotation))
+    assert {name for _, name in SUPPORTED} == set(OPTIMIZERS)
+    assert all(len(row) == len(PRESETS) for table in (TRAIN, RESUME) for row in table.values())
+    assert all(preset_of(read_preset(preset)) == preset for preset in PRESETS)
+
+
+@pytest.mark.parametrize(("preset", "name"), SUPPORTED)
+def test_what_is_supported_trains_resumes_and_merges(folder: Path, preset: str, name: str) -> None:
+    """On 2 ranks: it learns; from a checkpoint in its middle it goes on to the same bits; merged it is what the
+    masters are; and on another number of ranks it is refused with the number to take."""
+    run = run_of(folder, preset, name)
+    train(run)
+    lines = metrics(run)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    shutil.copytree(run.output, (resumed := run_of(folder, preset, name, "resumed")).output)
+    train(resumed, resume="step-2")
+    assert metrics(resumed) == lines
+    assert differing(step(resumed, 4), step(run, 4)) == []
+    assert differing(step(run, 2), step(run, 4)) != []
+    assert_merged(step(run, 4), merge(run.output, run.output / "merged"))
+    longer = run_of(folder, preset, name, train__steps=5)
+    (message,) = run_distributed(train_on_rank, 1, longer)
+    assert message.startswith("CheckpointError: ")
+    assert message.endswith("written by 2 ranks; resuming on 1 is not supported yet; start with --ranks 2")
+
+
+def assert_merged(checkpoint: Path, merged: Path) -> None:
+    """Every parameter equals the masters, put together here from the layout's numbers element by element."""
+    layout = Layout.read(checkpoint)
+    found = load_file(merged / "model.safetensors")
+    ranks = [load_file(path) for path in sorted(checkpoint.glob("rank-*.safetensors"))]
+    assert {parameter.name for _, parameter in layout.parameters()} == set(found)
+    for group, parameter in layout.parameters():
+        windows = [
+            content[f"{group.index}.{MASTER}"][parameter.offset : parameter.offset + parameter.length]
+            for content in ranks
+        ]
+        values = torch.cat(windows)[parameter.first : parameter.first + parameter.numel]
+        assert torch.equal(found[parameter.name], values.view(parameter.shape)), parameter.name
+
+
+@pytest.mark.parametrize(("preset", "name"), REFUSED)
+def test_what_is_refused_is_told_in_one_line_with_what_to_take(folder: Path, preset: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^optim\.name: {name} is refused with {preset}: .*take adamw") as caught:
+        check(run_of(folder, preset, name), read_preset(preset), None, 2)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_another_number_of_ranks_is_refused_before_workers_start(tmp_path: Path, preset: str) -> None:
+    Layout(4, "float32", (), {}, {}).write(tmp_path)
+    run, config = tiny_run(tmp_path), read_preset(preset)
+    check(run, config, tmp_path, 4)
+    with pytest.raises(CheckpointError, match=r"written by 4 ranks; resuming on 3 .*; start with --ranks 4$"):
+        check(run, config, tmp_path, 3)
+
+
+def test_presets_do_not_read_each_others_checkpoints(folder: Path) -> None:
+    """Their partitions hold other elements, however alike the files are."""
+    run = run_of(folder, "zero2", "adam", "other", train__steps=2)
+    train(run)
+    other = run.model_copy(update={"deepspeed": "zero3"})
+    messages = run_distributed(train_on_rank, 2, other)
+    assert all("deepspeed: zero2 → zero3" in message for message in messages)
+    saved = step(run, 2) / "run.yaml"
+    saved.write_text(saved.read_text().replace("deepspeed: zero2", "deepspeed: zero3"))
+    messages = run_distributed(train_on_rank, 2, other)
+    assert all("laid out in another way" in message for message in messages)
