@@ -6,6 +6,7 @@
 No rank ever holds the whole model (design, rule 5).
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def check_tensors(model: PreTrainedModel, shards: Shards) -> None:
-    """Every parameter and saved buffer has a tensor of its shape.
+def check_tensors(model: PreTrainedModel, shards: Shards, grown: Collection[str] = ()) -> None:
+    """Every parameter and saved buffer has a tensor of its shape; those that are `grown` may have fewer rows there.
 
     Raises:
         ModelError: names the tensors that are missing or misshapen.
@@ -72,10 +73,11 @@ def check_tensors(model: PreTrainedModel, shards: Shards) -> None:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ModelError(f"{shards.folder}: the files lack {len(missing)} tensors of the model: {shown}")
     for name, shape in wanted.items():
-        if shards.places[name].shape != shape:
+        found = shards.places[name].shape
+        fewer = name in grown and found[0] < shape[0] and found[1:] == shape[1:]
+        if found != shape and not fewer:
             raise ModelError(
-                f"{shards.folder}: tensor {name} has shape {list(shards.places[name].shape)}, "
-                f"the config asks for {list(shape)}"
+                f"{shards.folder}: tensor {name} has shape {list(found)}, the config asks for {list(shape)}"
             )
 
 
@@ -104,14 +106,3 @@ def materialise_buffers(model: PreTrainedModel, shards: Shards, device: torch.de
             module._buffers[name] = real
         if computed:
             model._init_weights(module)  # transformers' own way to fill them
-
-
-COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "vocab.*", "merges.txt", "tekken.json", "spiece.model",
-)  # fmt: skip
-
-
-def companion_files(folder: Path) -> dict[str, Path]:
-    """What makes a model of the weights, by name: config, generation config, tokenizer, chat template."""
-    return {path.name: path for pattern in COMPANIONS for path in sorted(folder.glob(pattern)) if path.is_file()}

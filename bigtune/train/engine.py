@@ -6,6 +6,7 @@ DeepSpeed's internals are named here and nowhere else: `Partition` is what the r
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,13 +15,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bigtune.checkpoint.layout import Parameter
-from bigtune.config import Loss, Optim
+from bigtune.config import Adapter, Loss, Optim
 from bigtune.data.collate import MicroBatch
 from bigtune.dist import World, device
+from bigtune.model.adapter import add_adapters, plain_name
 from bigtune.model.attention import documents
 from bigtune.model.head import Losses, full_logits_loss, replace_head
+from bigtune.model.initial import Initial, vocabulary_parameters
 from bigtune.model.load import check_tensors, materialise_buffers, skeleton
 from bigtune.model.shards import Shards
+from bigtune.model.vocabulary import Vocabulary
 from bigtune.train.optim import build_optimizer, parameter_groups
 
 
@@ -85,24 +89,33 @@ class Engine:
         world: World,
         cpu_adam: bool = False,
         loss: Loss = Loss(),  # noqa: B008  # frozen
+        adapter: Adapter | None = None,
+        vocabulary: Vocabulary | None = None,
+        seed: int = 0,
     ) -> None:
         """Load this rank's partitions and set the engine up.
 
         Args:
             cpu_adam: whether DeepSpeed's own Adam for states in host memory is built.
+            vocabulary: where config and tokenizer are, if not beside the weights, and the rows of new tokens.
+            seed: of first values that are in no file.
 
         Raises:
             ModelError: the folder is no model, tensors are missing or misshapen.
+            ConfigError: a layer that is to get an adapter does not exist, or cannot have one.
         """
         import deepspeed
 
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        model = skeleton(model_path, dtype)
+        vocabulary = vocabulary or Vocabulary(model_path)
+        model = skeleton(vocabulary.folder, dtype)
         shards = Shards(model_path)
-        check_tensors(model, shards)
+        check_tensors(model, shards, vocabulary_parameters(model) if vocabulary.new_rows else ())
         self.tied = _tied_names(model)
         materialise_buffers(model, shards, device())  # while the parameters have their shapes
-        self.parameters = _partition(model, shards, ds_config, dtype, world)
+        self.adapted = add_adapters(model, adapter, bool(vocabulary.new_rows)) if adapter else None
+        initial = Initial(model, shards, seed, vocabulary.new_rows)
+        self.parameters = _partition(model, initial, ds_config, dtype, world)
         objective = Objective(model, loss)
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload and cpu_adam else torch.optim.AdamW
@@ -150,6 +163,11 @@ class Engine:
         """The optimizer that steps the flat partitions."""
         return cast(torch.optim.Optimizer, self._optimizer.optimizer)
 
+    def sizes(self) -> tuple[int, int]:
+        """Elements of the parameters that are trained, and of all."""
+        sizes = [(p.requires_grad, prod(cast(Any, p).ds_shape)) for p in self.parameters.values()]
+        return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
+
     def partitions(self) -> Iterator[Partition]:
         """This rank's flat partitions, in DeepSpeed's order; it calls them sub-groups."""
         zero = self._optimizer
@@ -193,9 +211,9 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def _partition(
-    model: PreTrainedModel, shards: Shards, ds_config: dict[str, Any], dtype: torch.dtype, world: World
+    model: PreTrainedModel, initial: Initial, ds_config: dict[str, Any], dtype: torch.dtype, world: World
 ) -> dict[str, nn.Parameter]:
-    """Replace every meta parameter by a ZeRO-3 one whose partition is read from its byte range.
+    """Replace every meta parameter by a ZeRO-3 one whose partition is read from its byte range, or is new.
 
     The same as `zero.Init` and `from_pretrained` would leave behind, to the last bit, but no rank reads or
     holds more than its share.
@@ -219,7 +237,7 @@ def _partition(
         start = length * world.rank
         count = min(length, max(0, old.numel() - start))
         if count:
-            shards.read(name, start, count, partition)
+            initial.read(plain_name(name), start, count, partition)
         partition.ds_numel = length  # type: ignore[attr-defined]
         partition.status = PartitionedParamStatus.AVAILABLE  # type: ignore[attr-defined]
         partition.final_location = None  # type: ignore[attr-defined]
@@ -227,7 +245,7 @@ def _partition(
         new.ds_numel_aligned = length * world.world_size  # type: ignore[attr-defined]
         new.data = torch.empty(0, dtype=dtype, device=device())
         new.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
-        parameters[name] = replaced[id(old)] = new
+        parameters[plain_name(name)] = replaced[id(old)] = new
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

@@ -12,8 +12,9 @@ from bigtune.config import Optim
 from bigtune.dist import World
 from bigtune.errors import ModelError
 from bigtune.model import shards as shards_module
-from bigtune.model.load import check_tensors, companion_files, materialise_buffers, read_config, skeleton
+from bigtune.model.load import check_tensors, materialise_buffers, read_config, skeleton
 from bigtune.model.shards import Shards
+from bigtune.model.vocabulary import companion_files
 from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine
 from tests.distributed import run_distributed
