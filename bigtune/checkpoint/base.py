@@ -32,19 +32,21 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The base model of a LoRA run, and what was put into it."""
+    """The base model of a LoRA run, what was put into it, and the tensors that its files call otherwise."""
 
     path: Path
     fingerprint: str
+    renamed: Mapping[str, str]
     adapted: Adapted
 
     @classmethod
-    def of(cls, path: Path, adapted: Adapted) -> "Base":
+    def of(cls, path: Path, renamed: Mapping[str, str], adapted: Adapted) -> "Base":
         """The model folder as it is now."""
-        return cls(path.absolute(), Shards(path).fingerprint(), adapted)
+        return cls(path.absolute(), Shards(path).fingerprint(), renamed, adapted)
 
     def to_json(self) -> dict[str, Any]:
-        return {"path": str(self.path), "fingerprint": self.fingerprint, **asdict(self.adapted)}
+        facts = {"path": str(self.path), "fingerprint": self.fingerprint, "renamed": dict(self.renamed)}
+        return {**facts, **asdict(self.adapted)}
 
     @classmethod
     def read(cls, checkpoint: Path) -> "Base | None":
@@ -59,7 +61,8 @@ class Base:
         try:
             folds = {name: Fold(**fold) for name, fold in tree["folds"].items()}
             frozen = {name: tuple(shape) for name, shape in tree["frozen"].items()}
-            return cls(Path(tree["path"]), tree["fingerprint"], Adapted(folds, frozen, tree["config"]))
+            adapted = Adapted(folds, frozen, tree["config"])
+            return cls(Path(tree["path"]), tree["fingerprint"], tree["renamed"], adapted)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{checkpoint / FILE}: broken ({error!r}); take another step") from None
 
@@ -86,6 +89,7 @@ class Base:
                 f"{checkpoint}: its adapters were trained on another base model than {folder} holds now; "
                 "bring that one back, or merge with --base and the folder where it is now"
             )
+        shards.rename(self.renamed)
         return shards
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from bigtune.errors import ModelError
 from bigtune.model import attention
@@ -58,6 +60,21 @@ def skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     model.train()
     return model
+
+
+def shards_of(model: PreTrainedModel, folder: Path) -> Shards:
+    """The model's files, tensors by the names of its parameters: transformers 5 calls some otherwise than files do, as
+    GPT-NeoX's output layer.
+
+    Raises:
+        ModelError: the files are missing or broken.
+    """
+    shards = Shards(folder)
+    renamings = [each for each in get_model_conversion_mapping(model) if type(each) is WeightRenaming]
+    wanted = model.state_dict().keys()
+    others = {apply_renamings(name, renamings): name for name in shards.places if name not in wanted}
+    shards.rename({name: in_files for name, in_files in others.items() if name in wanted - shards.places.keys()})
+    return shards
 
 
 def check_tensors(model: PreTrainedModel, shards: Shards, grown: Collection[str] = ()) -> None:

@@ -8,6 +8,7 @@ that is to hold them; a memory map's pages would count as memory held.
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +44,14 @@ class Shards:
         """
         self.folder = folder
         self.places: dict[str, TensorPlace] = {}
+        self.renamed: dict[str, str] = {}
         for path in _files(folder):
             self.places.update(_header(path))
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Know tensors by other names than their files do: name → name in the files."""
+        self.renamed = dict(names)
+        self.places |= {name: self.places.pop(in_files) for name, in_files in names.items()}
 
     def fingerprint(self) -> str:
         """A hash of the files' sizes and headers, and of samples of what is in them: it tells a model from another of

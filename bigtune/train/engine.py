@@ -22,8 +22,7 @@ from bigtune.model.adapter import add_adapters, plain_name
 from bigtune.model.attention import documents
 from bigtune.model.head import Losses, full_logits_loss, replace_head
 from bigtune.model.initial import Initial, vocabulary_parameters
-from bigtune.model.load import check_tensors, materialise_buffers, skeleton
-from bigtune.model.shards import Shards
+from bigtune.model.load import check_tensors, materialise_buffers, shards_of, skeleton
 from bigtune.model.vocabulary import Vocabulary
 from bigtune.train.optim import build_optimizer, parameter_groups
 
@@ -109,9 +108,9 @@ class Engine:
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         vocabulary = vocabulary or Vocabulary(model_path)
         model = skeleton(vocabulary.folder, dtype)
-        shards = Shards(model_path)
+        shards = shards_of(model, model_path)
         check_tensors(model, shards, vocabulary_parameters(model) if vocabulary.new_rows else ())
-        self.tied = _tied_names(model)
+        self.tied, self.renamed = _tied_names(model), shards.renamed
         materialise_buffers(model, shards, device())  # while the parameters have their shapes
         self.adapted = add_adapters(model, adapter, bool(vocabulary.new_rows)) if adapter else None
         initial = Initial(model, shards, seed, vocabulary.new_rows)

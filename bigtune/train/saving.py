@@ -45,7 +45,7 @@ class Saver:
         # Read once: the model's folder may be gone when the last step is saved.
         self._model_files = self._read_model_files() if self.world.is_main else {}
         if self.world.is_main and self.engine.adapted:
-            self._base = base.Base.of(self.run.model.path, self.engine.adapted)
+            self._base = base.Base.of(self.run.model.path, self.engine.renamed, self.engine.adapted)
 
     def save_if_due(self, progress: Progress) -> None:
         """Save after every `checkpoint.every_steps`-th step."""
