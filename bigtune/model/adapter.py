@@ -86,11 +86,12 @@ def add_adapters(model: PreTrainedModel, adapter: Adapter, train_embeddings: boo
     # Embeddings go into an adapter's file as they are, tied or not; peft wraps other modules, and must know of them.
     wrapped = [name for name in saved if name not in _embeddings(model)]
     named = adapter.target_modules
+    kept = ("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "bias", "peft_version")
     told = {
-        **{key: value for key, value in config.to_dict().items() if isinstance(value, str | int | float | bool)},
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
+        **{key: value for key, value in config.to_dict().items() if key in kept},
         "target_modules": sorted({_leaf(name) for name in targets}) if named == "all-linear" else list(named),
         "modules_to_save": wrapped or None,
     }
