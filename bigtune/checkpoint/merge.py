@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from bigtune.checkpoint.base import Base, Named, fold
 from bigtune.checkpoint.layout import MASTER, Layout, Parameter, SubGroup, latest, rank_file
 from bigtune.errors import CheckpointError, ModelError
+from bigtune.model.adapter import is_adapter
 from bigtune.model.shards import INDEX, SINGLE
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -58,6 +59,8 @@ def merge(
         raise CheckpointError(f"{output}: exists and is not empty; give another --output or remove it")
     config = _config(checkpoint / "model" / "config.json")
     lora = Base.read(checkpoint)
+    if lora is None and any(is_adapter(parameter.name) for _, parameter in layout.parameters()):
+        raise CheckpointError(f"{checkpoint}: holds adapters, but lacks adapter.json; merge another step")
     if adapter and lora is None:
         raise CheckpointError(f"--adapter: {checkpoint} is of a run without adapter, which trained the whole model")
     name = dtype or ("float32" if adapter else config.get("dtype") or config.get("torch_dtype") or layout.dtype)

@@ -19,6 +19,7 @@ from bigtune.data.prepare import prepare
 from bigtune.errors import CheckpointError, ModelError
 from bigtune.evaluate.run import load_model
 from bigtune.model.vocabulary import vocabulary_of
+from bigtune.runfile import to_yaml
 from bigtune.train.start import find_start
 from tests.tiny import tiny_llama, tiny_run, tiny_tokenizer, write_rows
 from tests.train.test_lora import small_model
@@ -199,18 +200,24 @@ def test_another_base_or_none_is_one_line(llama: Trained, tmp_path: Path) -> Non
     path = folder / "run" / "checkpoints" / f"step-{STEPS}" / "adapter.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"path": str(folder / "model")}))
     run = tiny_run(folder, **llama.settings)
+    (path.parent / "run.yaml").write_text(to_yaml(run))
     some = next(path for path in sorted((folder / "model").glob("*.safetensors")))
     content = load_file(some)
     save_file({name: tensor + 1e-3 for name, tensor in content.items()}, some, metadata={"format": "pt"})
-    for message in (
-        refused(path.parent, tmp_path / "out"),
-        refused_start(run.model_copy(update={"output": folder / "run"})),
-    ):
+    for message in (refused(path.parent, tmp_path / "out"), refused_start(run, path.parent)):
         assert f"its adapters were trained on another base model than {folder / 'model'} holds now" in message
     shutil.rmtree(folder / "model")
     message = refused(path.parent, tmp_path / "out")
     assert "holds adapters alone, and their base model cannot be read" in message
     merge(path.parent, tmp_path / "out", base=llama.run.model.path)
+
+
+def test_adapters_without_what_tells_of_their_base_are_no_model(llama: Trained, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(step(llama.run, STEPS), tmp_path / "step-4")
+    (checkpoint / "adapter.json").unlink()
+    assert "holds adapters, but lacks adapter.json" in refused(checkpoint, tmp_path / "merged")
+    (checkpoint / "adapter.json").write_text("{}")
+    assert "adapter.json: broken" in refused(checkpoint, tmp_path / "merged")
 
 
 def refused(checkpoint: Path, output: Path, **options: Any) -> str:
@@ -221,11 +228,9 @@ def refused(checkpoint: Path, output: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-def refused_start(run: Run) -> str:
-    from bigtune.train import start
-
+def refused_start(run: Run, checkpoint: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        start._check_same_base(run.model.path, run.output / "checkpoints" / f"step-{STEPS}")
+        find_start(run, str(checkpoint))
     return str(caught.value)
 
 
