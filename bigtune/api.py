@@ -35,11 +35,13 @@ def prepare(run: Run, keep: str | None = None) -> "Manifest":
     from bigtune.data import prepare as stage
     from bigtune.data.store import Store
     from bigtune.data.stream import RowStream
+    from bigtune.model.vocabulary import vocabulary_of
 
     if run.data.stream:
         raise ConfigError("'data.stream': true reads the sources while training: there is nothing to prepare")
     with bar("prepare") as shown:
-        manifest = stage.prepare(run.data, run.model.path, run.store, shown.advance_to, keep, run.held_out)
+        model_path = vocabulary_of(run.model, run.output).folder
+        manifest = stage.prepare(run.data, model_path, run.store, shown.advance_to, keep, run.held_out)
     rows = RowStream(Store.open(run.store), run.data, run.train.seed, run.train.epochs)
     print(f"prepare: {manifest.summary()}\n{rows.summary()}", file=sys.stderr)
     return manifest
@@ -105,12 +107,24 @@ def train(
     return launch(ranks, [str(resolved), *options], run.output)
 
 
-def merge(checkpoint: Path, output: Path, dtype: str | None = None, max_shard_size: str = "5GB") -> Path:
-    """Merge a checkpoint (a step-N folder, or a run's output folder for its latest) into a model folder."""
+def merge(
+    checkpoint: Path,
+    output: Path,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    adapter: bool = False,
+    base: Path | None = None,
+) -> Path:
+    """Merge a checkpoint (a step-N folder, or a run's output folder for its latest) into a model folder.
+
+    Args:
+        adapter: of a LoRA run, write the adapter alone, as peft loads it.
+        base: the base model's folder, if it moved since a LoRA run.
+    """
     from bigtune.checkpoint import merge as stage
 
     with bar("merge") as shown:
-        return stage.merge(checkpoint, output, dtype, stage.parse_size(max_shard_size), shown.advance_to)
+        return stage.merge(checkpoint, output, dtype, stage.parse_size(max_shard_size), shown.advance_to, adapter, base)
 
 
 def evaluate(run: Run, model: Path) -> "Report":

@@ -124,13 +124,21 @@ def train(
 @main.command(epilog=_example("bigtune merge runs/gsm8k/checkpoints/step-60 --output models/gsm8k"))
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the merged model.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Default: the base model's own.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Default: the base model's own; float32 for --adapter.",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of one safetensors file.")
-def merge(checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str) -> None:
+@click.option("--adapter", is_flag=True, help="Of a LoRA run, the adapter alone, as peft loads it.")
+@click.option("--base", type=click.Path(path_type=Path), help="The base model's folder, if it moved since a LoRA run.")
+def merge(
+    checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str, adapter: bool, base: Path | None
+) -> None:
     """Merge CHECKPOINT (a step-N folder, or a run's output folder for its latest) into a Hugging Face model."""
     from bigtune import api
 
-    click.echo(api.merge(checkpoint, output, dtype, max_shard_size))
+    click.echo(api.merge(checkpoint, output, dtype, max_shard_size, adapter, base))
 
 
 @main.command(epilog=_example("bigtune evaluate recipes/gsm8k.yaml --model models/gsm8k --json"))

@@ -49,10 +49,44 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _new_tokens(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or not all(isinstance(token, str) and token.strip() for token in value):
+        raise ValueError(f"{value!r}; give a list of tokens, as in ['<tool>', '</tool>']")
+    if len(set(value)) < len(value):
+        raise ValueError(f"{value!r}; a token is given twice")
+    return tuple(value)
+
+
 class Model(Section):
     """The pretrained model to start from."""
 
     path: FilePath = Field(description="Hugging Face directory with safetensors, config and tokenizer")
+    add_tokens: Annotated[tuple[str, ...], BeforeValidator(_new_tokens)] = Field(
+        default=(), description="special tokens that tokenizer and embeddings get; see docs/lora.md"
+    )
+
+
+def _target_modules(value: Any) -> Any:
+    if value == "all-linear":
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    raise ValueError(f"{value!r}; give all-linear, or a list of names, as in [q_proj, v_proj]")
+
+
+class Adapter(Section):
+    """LoRA: the model is frozen, and small matrices beside its linear layers are trained."""
+
+    rank: int = Field(default=16, ge=1, description="width of the matrices")
+    alpha: float = Field(default=32.0, gt=0, description="what they add is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of what goes into them")
+    target_modules: Annotated[Any, BeforeValidator(_target_modules)] = Field(
+        default="all-linear", description="layers that get them, by name; `all-linear`: all but the output layer"
+    )
+    modules_to_save: Annotated[tuple[str, ...], Strict(False)] = Field(
+        default=(), description="modules that are trained whole, by name, as in `[embed_tokens, lm_head]`"
+    )
+    use_rslora: bool = Field(default=False, description="scale by alpha / √rank")
 
 
 class Source(Section):
@@ -362,6 +396,7 @@ class Run(Section):
 
     model: Model
     data: Data
+    adapter: Adapter | None = None
     optim: Optim = Optim()
     loss: Loss = Loss()
     train: Train

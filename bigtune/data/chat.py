@@ -46,6 +46,27 @@ def load_tokenizer(path: Path) -> Any:
         raise ModelError(f"{path}: the tokenizer cannot be loaded ({reason}); replace its files") from None
 
 
+def check_vocabulary(tokenizer: Any, path: Path) -> None:
+    """Refuse a tokenizer whose own vocabulary is larger than the embeddings of the model in its folder.
+
+    Added tokens are not counted: Gemma 3 has some that its text models lack, and no text gives them. Whether documents
+    have any is seen when they are made.
+
+    Raises:
+        ModelError: names both numbers.
+    """
+    try:
+        rows = json.loads((path / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    except (OSError, ValueError, KeyError):
+        return
+    size = tokenizer.vocab_size
+    if size > rows:
+        raise ModelError(
+            f"{path}: its tokenizer has {size:,} tokens, but the model {rows:,} embeddings; "
+            "bring the tokenizer that belongs to the model"
+        )
+
+
 def _known_config(path: Path) -> dict[str, Any]:
     """A plain config for AutoTokenizer, which then need not import the model's own and half of torch with it.
 

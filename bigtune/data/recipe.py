@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bigtune.config import Clean, Data, Source
-from bigtune.data.chat import ChatFormat, load_tokenizer
+from bigtune.data.chat import ChatFormat, check_vocabulary, load_tokenizer
 from bigtune.data.features import feature_identity
 from bigtune.data.formats import read_conversations
 from bigtune.data.holdout import bound, held_out_rows
@@ -31,10 +31,12 @@ class Recipe:
         """The recipe of a run.
 
         Raises:
-            ModelError: the tokenizer is missing or broken.
+            ModelError: the tokenizer is missing, broken, or of a larger model.
             DataError: a held-out source cannot be read.
         """
-        chat = ChatFormat.of(load_tokenizer(model_path), data.chat_template, data.supervise, data.special_tokens)
+        tokenizer = load_tokenizer(model_path)
+        check_vocabulary(tokenizer, model_path)
+        chat = ChatFormat.of(tokenizer, data.chat_template, data.supervise, data.special_tokens)
         return cls(chat, data.sources, data.clean, _overlap(data, held_out, chat))
 
     @property

@@ -119,6 +119,8 @@ def _check_folder(path: Path) -> None:
         raise ModelError(f"{path}: no such model folder")
     if (path / "layout.json").is_file():
         raise ModelError(f"{path}: a training checkpoint, not a model; run `bigtune merge` on it first")
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(f"{path}: an adapter, not a whole model; run `bigtune merge` without --adapter first")
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no Hugging Face model folder (it has no config.json)")
 

@@ -86,7 +86,9 @@ class _ChunkedLoss(torch.autograd.Function):
         minimised, plain = torch.zeros(2, dtype=torch.float32, device=hidden_TD.device)
         # Gradients of the weight are summed over chunks in float32, whatever the model's precision.
         grad_hidden_TD = torch.zeros_like(hidden_TD)
-        grad_weight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
+        grad_weight_VD = None  # where the output layer is frozen
+        if ctx.needs_input_grad[1]:
+            grad_weight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         chunk = max(1, CHUNK_LOGITS // vocabulary)
         for start in range(0, tokens, chunk):
@@ -112,11 +114,13 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_bias_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(hidden_CD.dtype)
             torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[start : start + chunk])
+            if grad_weight_VD is None:
+                continue
             if hidden_CD.dtype == torch.float32:
                 grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
             else:
                 grad_weight_VD += grad_CV.T @ hidden_CD
-        ctx.save_for_backward(grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype))
+        ctx.save_for_backward(grad_hidden_TD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype))
         ctx.grad_bias_V = None if grad_bias_V is None or bias_V is None else grad_bias_V.to(bias_V.dtype)
         ctx.mark_non_differentiable(plain)
         return minimised, plain
@@ -125,7 +129,9 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         grad_bias_V = None if ctx.grad_bias_V is None else ctx.grad_bias_V * grad_loss
-        return grad_hidden_TD * grad_loss, grad_weight_VD.mul_(grad_loss), grad_bias_V, None, None, None, None
+        if grad_weight_VD is not None:
+            grad_weight_VD.mul_(grad_loss)
+        return grad_hidden_TD * grad_loss, grad_weight_VD, grad_bias_V, None, None, None, None
 
 
 def _changed(logits: torch.Tensor, change: Change) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -88,14 +88,3 @@ def replace_parameters(model: PreTrainedModel, by: Mapping[int, nn.Parameter]) -
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = by[id(parameter)]
-
-
-COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "vocab.*", "merges.txt", "tekken.json", "spiece.model",
-)  # fmt: skip
-
-
-def companion_files(folder: Path) -> dict[str, Path]:
-    """What makes a model of the weights, by name: config, generation config, tokenizer, chat template."""
-    return {path.name: path for pattern in COMPANIONS for path in sorted(folder.glob(pattern)) if path.is_file()}

@@ -5,6 +5,7 @@ tensor's dtype, shape and byte range, then the bytes. Ranges are read with `prea
 that is to hold them; a memory map's pages would count as memory held.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from bigtune.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SAMPLES, SAMPLE_BYTES = 16, 4096
+"""Of each file, in its fingerprint."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
@@ -42,6 +45,20 @@ class Shards:
         self.places: dict[str, TensorPlace] = {}
         for path in _files(folder):
             self.places.update(_header(path))
+
+    def fingerprint(self) -> str:
+        """A hash of the files' sizes and headers, and of samples of what is in them: it tells a model from another of
+        the same shape, but not from one that differs in a few values."""
+        total = hashlib.sha256()
+        for path in sorted({place.path for place in self.places.values()}):
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                header = file.read(int.from_bytes(file.read(8), "little"))
+                total.update(f"{size} ".encode() + header)
+                for number in range(SAMPLES):
+                    file.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+                    total.update(file.read(SAMPLE_BYTES))
+        return total.hexdigest()
 
     def read(self, name: str, start: int, count: int, out: torch.Tensor) -> None:
         """Fill `out[:count]` with elements start … start + count of a tensor, flattened, cast to its dtype."""

@@ -13,6 +13,7 @@ Shapes: F expert width, D model width.
 
 import re
 from collections import defaultdict
+from collections.abc import Collection, Mapping
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from bigtune.errors import ModelError
 from bigtune.model.shards import Shards
 
+Shape = tuple[int, ...]
 Pieces = tuple[str, ...]
 """Names of the files' tensors that make a parameter, in the order of its elements."""
 
@@ -33,62 +35,78 @@ Pieces = tuple[str, ...]
 class Weights:
     """A model's tensors in the files of its folder, under the model's own names."""
 
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+    def __init__(self, shards: Shards, pieces: Mapping[str, Pieces], shapes: Mapping[str, Shape] = {}) -> None:
+        """Of tensors that are known already: see `of`."""
+        self.shards, self.pieces = shards, dict(pieces)
+        self._shapes, self._buffers = dict(shapes), tuple[str, ...]()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, folder: Path, grown: Collection[str] = ()) -> "Weights":
         """Read the headers of all files, and fit them to the model; no tensor is read.
+
+        Args:
+            grown: parameters that may have fewer rows in the files than in the model.
 
         Raises:
             ModelError: no readable files, tensors that are missing or misshapen, or joined in a way that is not known.
         """
-        self.folder, self._shards = folder, Shards(folder)
-        wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self._buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model).items()}
-        wanted |= self._buffers
-        self.pieces = _pieces(model, self._shards, set(wanted))
-        self._check(wanted)
+        shards, buffers = Shards(folder), saved_buffers(model)
+        shapes = {name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *buffers.items())}
+        weights = cls(shards, _pieces(model, shards, set(shapes)), shapes)
+        weights._buffers = tuple(buffers)
+        weights._check(shapes, grown)
+        return weights
 
     @property
-    def joined(self) -> dict[str, dict[str, tuple[int, ...]]]:
+    def joined(self) -> dict[str, dict[str, Shape]]:
         """Parameters that the files hold under other names or in pieces: name → the shape of each piece."""
         return {
-            name: {piece: self._shards.places[piece].shape for piece in pieces}
+            name: {
+                piece: self._shapes[name] if len(pieces) == 1 else self.shards.places[piece].shape for piece in pieces
+            }
             for name, pieces in self.pieces.items()
             if pieces != (name,)
         }
 
+    def rows(self, name: str) -> int:
+        """Of a parameter that the files hold in one piece."""
+        (piece,) = self.pieces[name]
+        return self.shards.places[piece].shape[0]
+
     def read(self, name: str, start: int, count: int, out: torch.Tensor) -> None:
         """Fill `out[:count]` with elements start … start + count of a parameter, flattened, cast to its dtype."""
-        sizes = [prod(self._shards.places[piece].shape) for piece in self.pieces[name]]
+        sizes = [prod(self.shards.places[piece].shape) for piece in self.pieces[name]]
         for piece, size, end in zip(self.pieces[name], sizes, accumulate(sizes), strict=True):
             first, last = max(start, end - size), min(start + count, end)
             if first < last:
-                self._shards.read(piece, first - (end - size), last - first, out[first - start : last - start])
+                self.shards.read(piece, first - (end - size), last - first, out[first - start : last - start])
 
     def saved_buffers(self) -> dict[str, torch.Tensor]:
         """What the files hold beside parameters, which training does not change, as it is there."""
         held = {}
         for name in self._buffers:
             for piece in self.pieces[name]:
-                place = self._shards.places[piece]
+                place = self.shards.places[piece]
                 held[piece] = torch.empty(place.shape, dtype=place.dtype)
-                self._shards.read(piece, 0, prod(place.shape), held[piece].view(-1))
+                self.shards.read(piece, 0, prod(place.shape), held[piece].view(-1))
         return held
 
-    def _check(self, wanted: dict[str, tuple[int, ...]]) -> None:
+    def _check(self, wanted: Mapping[str, Shape], grown: Collection[str]) -> None:
         missing = [name for name in wanted if name not in self.pieces]
         if missing:
             shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            raise ModelError(f"{self.folder}: the files lack {len(missing)} tensors of the model: {shown}")
+            raise ModelError(f"{self.shards.folder}: the files lack {len(missing)} tensors of the model: {shown}")
         for name, shape in wanted.items():
-            shapes = [self._shards.places[piece].shape for piece in self.pieces[name]]
-            fits = shapes == [shape] if len(shapes) == 1 else sum(map(prod, shapes)) == prod(shape)
-            if not fits:
-                found = " and ".join(str(list(one)) for one in sorted(set(shapes)))
-                raise ModelError(
-                    f"{self.folder}: tensor {name} has shape {found}, the config asks for {list(shape)}"
-                    if len(shapes) == 1
-                    else f"{self.folder}: tensor {name} is made of {len(shapes)} of shape {found}, "
-                    f"the config asks for {list(shape)}"
-                )
+            shapes = [self.shards.places[piece].shape for piece in self.pieces[name]]
+            found, number = " and ".join(str(list(one)) for one in sorted(set(shapes))), len(shapes)
+            fewer = name in grown and shapes[0][0] < shape[0] and shapes[0][1:] == shape[1:]
+            if number == 1 and shapes[0] != shape and not fewer:
+                problem = f"has shape {found}"
+            elif number > 1 and sum(map(prod, shapes)) != prod(shape):
+                problem = f"is made of {number} of shape {found}"
+            else:
+                continue
+            raise ModelError(f"{self.shards.folder}: tensor {name} {problem}, the config asks for {list(shape)}")
 
 
 def saved_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from bigtune.data.prepare import prepare
 from bigtune.data.store import Store
 from bigtune.data.stream import RowStream, steps_of
 from bigtune.errors import DataError
+from bigtune.model.vocabulary import vocabulary_of
 from bigtune.report.inspection import Inspection, Loss, SourceShare, Wishes
 from bigtune.report.losses import losses_of, losses_of_cutting
 from bigtune.report.samples import every_document, first_rows, sample_epoch, sample_silent, sample_store
@@ -39,9 +40,10 @@ def inspect(run: Run, wishes: Wishes, progress: Callable[[int, int | None], None
         from bigtune.report.streamed import inspect_stream
 
         return inspect_stream(run, wishes)
-    manifest = prepare(run.data, run.model.path, run.store, progress, held_out=run.held_out, check=False)
+    model_path = vocabulary_of(run.model, run.output).folder
+    manifest = prepare(run.data, model_path, run.store, progress, held_out=run.held_out, check=False)
     store = Store.open(run.store)
-    reader = Reader(run.model.path)
+    reader = Reader(model_path)
     refusal = ""
     try:
         require_supervised(manifest, run.data)

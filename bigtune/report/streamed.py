@@ -14,6 +14,7 @@ from bigtune.data.recipe import Recipe
 from bigtune.data.rows import Row
 from bigtune.data.sources import SourceFile, UnreadableFile, resolve_sources
 from bigtune.errors import DataError
+from bigtune.model.vocabulary import vocabulary_of
 from bigtune.report.inspection import Inspection, Loss, PackedRow, Sample, SourceShare, Wishes
 from bigtune.report.samples import draw
 from bigtune.report.statistics import facts_of, packing_of, statistics_of
@@ -26,7 +27,7 @@ def inspect_stream(run: Run, wishes: Wishes) -> Inspection:
     Raises:
         BigtuneError: a source or the model folder cannot be read, or a row cannot be used.
     """
-    recipe = Recipe.of(run.data, run.model.path, run.held_out)
+    recipe = Recipe.of(run.data, vocabulary_of(run.model, run.output).folder, run.held_out)
     window: list[Row] = []
     refusal = ""
     live = LiveRows(run.data, recipe, run.train.seed)
@@ -55,7 +56,7 @@ def _inspection(
     lost: dict[str, int],
     refusal: str,
 ) -> Inspection:
-    reader = Reader(run.model.path)
+    reader = Reader(vocabulary_of(run.model, run.output).folder)
     documents = [document for row in window for document in row.documents]
     shown = documents or [document for _, _, document in begun]
     lengths = np.array([len(document) for document in shown], dtype=np.int64)

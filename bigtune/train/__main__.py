@@ -61,6 +61,7 @@ def _work(
     run: Run, world: World, resume: str | None, new_data: bool, stop: StopRequest, console: WorkerConsole
 ) -> None:
     from bigtune.data.prepare import prepare
+    from bigtune.model.vocabulary import vocabulary_of
     from bigtune.train.ds_config import read_preset
     from bigtune.train.ops import ensure_ops, load_ops, needed_ops
     from bigtune.train.start import documents_of, find_start
@@ -74,7 +75,8 @@ def _work(
     start = find_start(run, resume, new_data)
     if CHILD not in os.environ and not run.data.stream:  # the first rank works, the others wait
         keep = None if new_data else documents_of(start)
-        manifest = prepare(run.data, run.model.path, run.store, keep=keep, held_out=run.held_out)
+        model_path = vocabulary_of(run.model, run.output).folder
+        manifest = prepare(run.data, model_path, run.store, keep=keep, held_out=run.held_out)
         console.say(manifest.summary())
     import torch
 

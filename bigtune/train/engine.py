@@ -7,6 +7,7 @@ named in these three and nowhere else: `Partition` is what the rest of bigtune s
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +16,16 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bigtune.checkpoint.layout import Parameter
-from bigtune.config import Loss, Optim
+from bigtune.config import Adapter, Loss, Optim
 from bigtune.data.collate import MicroBatch, collate
 from bigtune.dist import World, all_max, device
+from bigtune.errors import ModelError
+from bigtune.model.adapter import add_adapters
 from bigtune.model.attention import documents
+from bigtune.model.initial import Initial, vocabulary_parameters
 from bigtune.model.load import EXACT, materialise_buffers, skeleton
 from bigtune.model.recompute import checkpoint_activations
+from bigtune.model.vocabulary import Vocabulary
 from bigtune.model.weights import Weights
 from bigtune.train import zero2, zero3
 from bigtune.train.objective import Asked, Objective
@@ -65,29 +70,36 @@ class Engine:
         cpu_adam: bool = False,
         loss: Loss = Loss(),  # noqa: B008  # frozen
         activation_checkpointing: str | int = "none",
+        adapter: Adapter | None = None,
+        vocabulary: Vocabulary | None = None,
+        seed: int = 0,
     ) -> None:
         """Load this rank's partitions and set the engine up.
 
         Args:
             cpu_adam: whether DeepSpeed's own Adam for states in host memory is built.
             activation_checkpointing: "none", "full", or k for every k-th layer.
+            vocabulary: where config and tokenizer are, if not beside the weights, and the rows of new tokens.
+            seed: of first values that are in no file.
 
         Raises:
             ModelError: the folder is no model, tensors are missing or misshapen.
+            ConfigError: a layer that is to get an adapter does not exist, or cannot have one.
         """
         import deepspeed
-        from deepspeed.utils import set_z3_leaf_modules
 
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        model = skeleton(model_path, dtype)
-        weights = Weights(model, model_path)
+        vocabulary = vocabulary or Vocabulary(model_path)
+        model = skeleton(vocabulary.folder, dtype)
+        weights = Weights.of(model, model_path, vocabulary_parameters(model) if vocabulary.new_rows else ())
         self.tied, self.joined, self.saved_buffers = _tied_names(model), weights.joined, weights.saved_buffers()
         materialise_buffers(model, weights, device())  # while the parameters have their shapes
+        self.adapted = add_adapters(model, adapter, bool(vocabulary.new_rows)) if adapter else None
+        initial = Initial(model, weights, seed, vocabulary.new_rows)
         self._stage = zero2 if ds_config["zero_optimization"]["stage"] == 2 else zero3
-        self.parameters: dict[str, nn.Parameter] = self._stage.load(model, weights, ds_config, dtype, world)
+        self.parameters: dict[str, nn.Parameter] = self._stage.load(model, initial, ds_config, dtype, world)
         if model.config.model_type not in EXACT:
-            # Gather whole layers: some use weights of parts that they do not call, or call other parts on other ranks.
-            set_z3_leaf_modules(model, [GradientCheckpointingLayer], raise_if_not_found=False)
+            _gather_whole_layers(model, self._stage)
         checkpoint_activations(model, activation_checkpointing)
         self.objective = Objective(model, loss)
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
@@ -165,6 +177,11 @@ class Engine:
         """The optimizer that steps the flat partitions."""
         return cast(torch.optim.Optimizer, self._optimizer.optimizer)
 
+    def sizes(self) -> tuple[int, int]:
+        """Elements of the parameters that are trained, and of all."""
+        sizes = [(p.requires_grad, prod(cast(Any, p).ds_shape)) for p in self.parameters.values()]
+        return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
+
     def partitions(self) -> Iterator[Partition]:
         """This rank's flat partitions, in DeepSpeed's order; it calls them sub-groups."""
         zero = self._optimizer
@@ -198,3 +215,16 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
         if first.setdefault(id(parameter), name) != name:
             tied[name] = first[id(parameter)]
     return tied
+
+
+def _gather_whole_layers(model: nn.Module, stage: Any) -> None:
+    """For types that no test holds: some use weights of parts that they do not call, or call other parts on each rank.
+
+    Raises:
+        ModelError: the stage gathers nothing, and would reduce other gradients on each rank.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    if stage is zero2:
+        raise ModelError("models of this type are trained with ZeRO-3 alone; set deepspeed: zero3")
+    set_z3_leaf_modules(model, [GradientCheckpointingLayer], raise_if_not_found=False)

@@ -7,6 +7,7 @@ from bigtune.data.rows import Rows
 from bigtune.data.store import Store
 from bigtune.data.stream import RowStream
 from bigtune.errors import DataError, ModelError
+from bigtune.model.vocabulary import vocabulary_of
 
 
 def open_rows(run: Run, begins: bool = True) -> Rows:
@@ -22,7 +23,8 @@ def open_rows(run: Run, begins: bool = True) -> Rows:
     from bigtune.data.live import LiveRows
     from bigtune.data.recipe import Recipe
 
-    rows = LiveRows(run.data, Recipe.of(run.data, run.model.path, run.held_out), run.train.seed)
+    model_path = vocabulary_of(run.model, run.output).folder
+    rows = LiveRows(run.data, Recipe.of(run.data, model_path, run.held_out), run.train.seed)
     try:
         if begins:
             rows.require_supervised(rows.first_window())
@@ -46,7 +48,7 @@ def check_fit(config: Any, rows: Rows) -> None:
     if highest >= config.vocab_size:
         raise ModelError(
             f"model.path: {config.vocab_size:,} embeddings, but the tokenizer beside them gives token {highest:,}; "
-            "resize the model's embeddings, or bring the tokenizer that belongs to it"
+            "name such tokens in model.add_tokens, which gives them rows, or bring the tokenizer that belongs to it"
         )
     longest, where = rows.longest()
     limit = getattr(config, "max_position_embeddings", None)

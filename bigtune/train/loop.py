@@ -4,7 +4,7 @@ rows ─▶ progress ─▶ engine ─▶ restore ─▶ [ batches ▶ totals �
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from bigtune.dist import World
 from bigtune.errors import CheckpointError, DataError
 from bigtune.model.attention import describe_kernels
 from bigtune.model.load import read_config
+from bigtune.model.vocabulary import Vocabulary, vocabulary_of
 from bigtune.runfile import to_yaml
 from bigtune.train.console import WorkerConsole
 from bigtune.train.ds_config import complete, read_preset
@@ -67,9 +68,10 @@ def train(
         progress = _read_progress(start, rows, run.train, new_data, console) if start else Progress()
         steps = _last_step(run.train, rows, progress)
         precision = _precision(run.train, start)
-        ds_config = _settle(run, start, precision, rows, world)
+        vocabulary = vocabulary_of(run.model, run.output)
+        ds_config = _settle(run, vocabulary, start, precision, rows, world)
         console.say(_headline(run, world, steps, precision, rows))
-        engine = _engine(run, ds_config, precision, world, cpu_adam, start, rows, console)
+        engine = _engine(run, vocabulary, ds_config, precision, world, cpu_adam, start, rows, console)
         metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began, world)
         metrics.forget_after(progress.step)
         watchdog, memory = Watchdog(run.train.step_timeout_seconds, console), Memory(engine, run.train.micro_batch)
@@ -142,11 +144,13 @@ def _last_step(section: Train, rows: Rows, progress: Progress) -> int:
     return progress.step + steps_of(rows, section.epochs or 1, section.global_batch, progress.position)
 
 
-def _settle(run: Run, start: Path | None, precision: str, rows: Rows, world: World) -> dict[str, Any]:
+def _settle(
+    run: Run, vocabulary: Vocabulary, start: Path | None, precision: str, rows: Rows, world: World
+) -> dict[str, Any]:
     """The DeepSpeed configuration of a run whose parts go together; written down beside the run file."""
     preset = read_preset(run.deepspeed)
     check(run, preset, start, world.world_size)
-    model_config = read_config(run.model.path)
+    model_config = read_config(vocabulary.folder)
     check_fit(model_config, rows)
     ds_config = complete(preset, run, precision, model_config.hidden_size)
     if world.is_main:
@@ -167,6 +171,7 @@ def _precision(section: Train, start: Path | None) -> str:
 
 def _engine(
     run: Run,
+    vocabulary: Vocabulary,
     ds_config: dict[str, Any],
     precision: str,
     world: World,
@@ -177,7 +182,12 @@ def _engine(
 ) -> Engine:
     """The model, proven, and with the state of a checkpoint where the run goes on from one."""
     recompute = run.train.activation_checkpointing
-    engine = Engine(run.model.path, run.optim, ds_config, precision, world, cpu_adam, run.loss, recompute)
+    engine = Engine(
+        run.model.path, run.optim, ds_config, precision, world, cpu_adam, run.loss, recompute,
+        run.adapter, vocabulary, run.train.seed,
+    )  # fmt: skip
+    for addition in _additions(engine, vocabulary):
+        console.say(addition)
     prove(engine, rows.longest()[0], console.say)
     if start is not None:
         restore(engine, start)
@@ -254,6 +264,16 @@ def _headline(run: Run, world: World, steps: int, precision: str, rows: Rows) ->
         f"on {ranks}, {dist.device().type}, {precision}, "
         f"{threads} thread{'s' if threads > 1 else ''} a rank"
     )
+
+
+def _additions(engine: Engine, vocabulary: Vocabulary) -> Iterator[str]:
+    """What the run adds to the model, for the head of a run."""
+    if engine.adapted:
+        trained, whole = engine.sizes()
+        layers = len(engine.adapted.folds)
+        yield f"adapter: on {layers:,} layers; {trained:,} of {whole:,} parameters ({trained / whole:.2%}) are trained"
+    if vocabulary.new_rows:
+        yield f"new tokens: {len(vocabulary.new_rows)}, rows {vocabulary.new_rows.start:,} on of the embeddings"
 
 
 def _note(last: Mapping[str, Any]) -> str:

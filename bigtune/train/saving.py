@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import save as serialize
 
 from bigtune import __version__
+from bigtune.checkpoint import base
 from bigtune.checkpoint.layout import BUFFERS, step_folder
 from bigtune.checkpoint.save import prune, save, to_json
 from bigtune.config import Run
 from bigtune.data.rows import Position, Rows
 from bigtune.dist import World
-from bigtune.model.load import companion_files
+from bigtune.model.vocabulary import companion_files, vocabulary_of
 from bigtune.runfile import to_yaml
 from bigtune.train.engine import Engine
 from bigtune.train.guard import check_alike
@@ -41,10 +42,13 @@ class Saver:
     steps: int
     saved_step: int
     _model_files: Mapping[str, bytes] = field(init=False)
+    _base: base.Base | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         # Read once: the model's folder may be gone when the last step is saved.
         self._model_files = self._read_model_files() if self.world.is_main else {}
+        if self.world.is_main and self.engine.adapted:
+            self._base = base.Base.of(self.run.model.path, self.engine.adapted)
 
     def save_if_due(self, progress: Progress) -> None:
         """Save after every `checkpoint.every_steps`-th step."""
@@ -93,12 +97,14 @@ class Saver:
             "fingerprint": self.rows.fingerprint,
             "documents": self.rows.documents,
         }
-        return {"trainer.json": to_json(trainer), "data.json": to_json(data), "run.yaml": to_yaml(self.run)}
+        texts = {"trainer.json": to_json(trainer), "data.json": to_json(data), "run.yaml": to_yaml(self.run)}
+        return texts | ({base.FILE: to_json(self._base.to_json())} if self._base else {})
 
     def _read_model_files(self) -> Mapping[str, bytes]:
         """What makes a model of the weights; with the chat template that was learnt, where that is another one, and the
         buffers that the model's files hold."""
-        files = {name: path.read_bytes() for name, path in companion_files(self.run.model.path).items()}
+        folder = vocabulary_of(self.run.model, self.run.output).folder
+        files = {name: path.read_bytes() for name, path in companion_files(folder).items()}
         if self.engine.saved_buffers:
             files[BUFFERS] = serialize(self.engine.saved_buffers)
         if self.rows.chat_template is not None:

@@ -26,7 +26,7 @@ def find_start(run: Run, resume: str | None, new_data: bool = False) -> Path | N
         new_data: let the data differ from the checkpoint's.
 
     Raises:
-        CheckpointError: there is no such checkpoint.
+        CheckpointError: there is no such checkpoint, or it belongs to another base model.
         ConfigError: the run file differs from the checkpoint's in a way that matters.
     """
     checkpoints = run.output / "checkpoints"
@@ -41,6 +41,8 @@ def find_start(run: Run, resume: str | None, new_data: bool = False) -> Path | N
             raise CheckpointError(f"--resume {resume}: {folder.absolute()} is no checkpoint")
     if folder is not None:
         _check_same_run(run, folder, (*MAY_CHANGE, "data") if new_data else MAY_CHANGE)
+        if run.adapter:
+            _check_same_base(run.model.path, folder)
     return folder
 
 
@@ -67,6 +69,15 @@ def _check_same_run(run: Run, folder: Path, may_change: Sequence[str]) -> None:
             f"{run.output}: holds a run with other settings ({'; '.join(changed)}); "
             "change them back to go on with it, or give another output"
         )
+
+
+def _check_same_base(model_path: Path, folder: Path) -> None:
+    from bigtune.checkpoint.base import Base  # imports torch
+
+    base = Base.read(folder)
+    if base is None:
+        raise CheckpointError(f"{folder}: lacks adapter.json; resume from another step")
+    base.shards(folder, model_path)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

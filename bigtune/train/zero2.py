@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 from bigtune.checkpoint.layout import Parameter
 from bigtune.dist import World, device
+from bigtune.model.adapter import plain_name
+from bigtune.model.initial import Initial
 from bigtune.model.load import replace_parameters
-from bigtune.model.weights import Weights
 
 
 def load(
-    model: PreTrainedModel, weights: Weights, _ds_config: dict[str, Any], dtype: torch.dtype, _world: World
+    model: PreTrainedModel, initial: Initial, _ds_config: dict[str, Any], dtype: torch.dtype, _world: World
 ) -> dict[str, nn.Parameter]:
     """Replace every meta parameter by one that is read whole, on every rank.
 
@@ -31,8 +32,8 @@ def load(
     for name, old in model.named_parameters():
         new = nn.Parameter(torch.empty(old.shape, dtype=dtype, device=device()), old.requires_grad)
         new.__dict__.update(old.__dict__)
-        weights.read(name, 0, new.numel(), new.data.view(-1))
-        parameters[name] = replaced[id(old)] = new
+        initial.read(plain_name(name), 0, new.numel(), new.data.view(-1))
+        parameters[plain_name(name)] = replaced[id(old)] = new
     replace_parameters(model, replaced)
     return parameters
 

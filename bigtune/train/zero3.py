@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 
 from bigtune.checkpoint.layout import Parameter
 from bigtune.dist import World, device
+from bigtune.model.adapter import plain_name
+from bigtune.model.initial import Initial
 from bigtune.model.load import replace_parameters
-from bigtune.model.weights import Weights
 
 
 def load(
-    model: PreTrainedModel, weights: Weights, ds_config: dict[str, Any], dtype: torch.dtype, world: World
+    model: PreTrainedModel, initial: Initial, ds_config: dict[str, Any], dtype: torch.dtype, world: World
 ) -> dict[str, nn.Parameter]:
-    """Replace every meta parameter by a ZeRO-3 one whose partition is read from its byte range.
+    """Replace every meta parameter by a ZeRO-3 one whose partition is read from its byte range, or is new.
 
     The same as `zero.Init` and `from_pretrained` would leave behind, to the last bit, but no rank reads or
     holds more than its share.
@@ -44,7 +45,7 @@ def load(
         start = length * world.rank
         count = min(length, max(0, old.numel() - start))
         if count:
-            weights.read(name, start, count, partition)
+            initial.read(plain_name(name), start, count, partition)
         partition.ds_numel = length  # type: ignore[attr-defined]
         partition.status = PartitionedParamStatus.AVAILABLE  # type: ignore[attr-defined]
         partition.final_location = None  # type: ignore[attr-defined]
@@ -52,7 +53,7 @@ def load(
         new.ds_numel_aligned = length * world.world_size  # type: ignore[attr-defined]
         new.data = torch.empty(0, dtype=dtype, device=device())
         new.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
-        parameters[name] = replaced[id(old)] = new
+        parameters[plain_name(name)] = replaced[id(old)] = new
     replace_parameters(model, replaced)
     return parameters
 

@@ -11,7 +11,8 @@ from bigtune.config import Optim
 from bigtune.dist import World
 from bigtune.errors import ModelError
 from bigtune.model import shards as shards_module
-from bigtune.model.load import companion_files, materialise_buffers, read_config, skeleton
+from bigtune.model.load import materialise_buffers, read_config, skeleton
+from bigtune.model.vocabulary import companion_files
 from bigtune.model.weights import Weights
 from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine
@@ -41,7 +42,7 @@ def test_a_skeleton_holds_no_memory_and_has_the_models_names(folder: Path) -> No
 @pytest.mark.parametrize("precision", DTYPES)
 def test_buffers_are_those_of_from_pretrained(folder: Path, precision: str) -> None:
     model = skeleton(folder, DTYPES[precision])
-    materialise_buffers(model, Weights(model, folder), torch.device("cpu"))
+    materialise_buffers(model, Weights.of(model, folder), torch.device("cpu"))
     assert_same_buffers(dict(model.named_buffers()), folder, DTYPES[precision])
 
 

@@ -27,13 +27,13 @@ def rewrite(folder: Path, change: Any) -> None:
 
 def check(folder: Path) -> str:
     with pytest.raises(ModelError) as caught:
-        Weights(skeleton(folder, torch.float32), folder)
+        Weights.of(skeleton(folder, torch.float32), folder)
     return str(caught.value)
 
 
 def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path)
-    Weights(skeleton(folder, torch.float32), folder)
+    Weights.of(skeleton(folder, torch.float32), folder)
     rewrite(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "norm" in name])
     assert "the files lack 5 tensors of the model: model.layers.0.input_layernorm.weight, model.layers" in check(folder)
     assert "and 2 more" in check(folder)
@@ -50,7 +50,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path: Path) -> None:
 def test_experts_are_read_as_transformers_joins_them(model_type: str, original: bool, tmp_path: Path) -> None:
     folder = tiny_family(tmp_path, model_type, experts=11, save_original_format=original)
     wanted = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
-    weights = Weights(skeleton(folder, torch.float32), folder)
+    weights = Weights.of(skeleton(folder, torch.float32), folder)
     names = [name for name in wanted if "experts.gate_up_proj" in name]
     assert names
     assert all(len(weights.pieces[name]) == (22 if original else 1) for name in names)
@@ -69,7 +69,7 @@ def test_experts_are_read_as_transformers_joins_them(model_type: str, original: 
 def test_experts_in_another_order_would_be_seen(tmp_path: Path) -> None:
     """The mutation: the 10th expert before the 2nd, as plain sorting has it."""
     folder = tiny_family(tmp_path, "mixtral", experts=11)
-    weights = Weights(skeleton(folder, torch.float32), folder)
+    weights = Weights.of(skeleton(folder, torch.float32), folder)
     name = "model.layers.0.mlp.experts.down_proj"
     wanted = AutoModelForCausalLM.from_pretrained(folder).get_parameter(name).detach().flatten()
     weights.pieces[name] = tuple(sorted(weights.pieces[name]))
@@ -86,7 +86,7 @@ def test_files_of_the_base_model_alone_are_found(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file({rename[name]: tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
     out = torch.zeros_like(wanted)
-    Weights(skeleton(folder, torch.float32), folder).read("transformer.wte.weight", 0, len(wanted), out)
+    Weights.of(skeleton(folder, torch.float32), folder).read("transformer.wte.weight", 0, len(wanted), out)
     assert torch.equal(out, wanted)
 
 
