@@ -47,7 +47,7 @@ class Saver:
     def __post_init__(self) -> None:
         # Read once: the model's folder may be gone when the last step is saved.
         self._model_files = self._read_model_files() if self.world.is_main else {}
-        if self.world.is_main and self.engine.adapted:
+        if self.engine.adapted:
             self._base = base.Base.of(self.run.model.path, self.engine.adapted)
 
     def save_if_due(self, progress: Progress) -> None:

@@ -18,6 +18,9 @@ from bigtune.model.adapter import plain_name
 from bigtune.model.initial import Initial
 from bigtune.model.load import replace_parameters
 
+SMALL = 100_000
+"""Elements of a parameter that is looked at for drift."""
+
 
 def load(
     model: PreTrainedModel, initial: Initial, _ds_config: dict[str, Any], dtype: torch.dtype, _world: World
@@ -76,8 +79,8 @@ def held(zero: Any, parameters: Collection[nn.Parameter]) -> dict[str, list[torc
 
 
 def replicas(_: Any, parameters: Collection[nn.Parameter]) -> list[torch.Tensor]:
-    """What each rank holds whole, and the same as every other: the model."""
-    return [parameter.data for parameter in parameters]
+    """Of what each rank holds whole, and the same as every other, the small parameters: enough to see a drift by."""
+    return [parameter.data for parameter in parameters if parameter.numel() <= SMALL]
 
 
 def refuse_non_finite(zero: Any) -> None:
