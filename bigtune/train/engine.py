@@ -102,6 +102,7 @@ class Engine:
             _gather_whole_layers(model, self._stage)
         checkpoint_activations(model, activation_checkpointing)
         self.objective = Objective(model, loss)
+        self._aux_sum = torch.zeros((), device=device())
         offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload and cpu_adam else torch.optim.AdamW
         self.world, self.dtype = world, precision
@@ -141,7 +142,13 @@ class Engine:
                 scale = finite * (self.world.world_size / (weight or 1.0))
                 self._engine.backward(loss * scale, scale_wrt_gas=False)
             sums.append(cross_entropy)
+            self._aux_sum = self._aux_sum + aux.detach()
         return torch.stack(sums).sum()
+
+    def take_aux_sum(self) -> float | None:
+        """The auxiliary loss times tokens of this rank's micro-steps since the last call; None without routers."""
+        aux_sum, self._aux_sum = float(self._aux_sum), torch.zeros((), device=device())
+        return aux_sum if self.objective.aux_loss else None
 
     def _apart(self, batch: MicroBatch) -> list[MicroBatch]:
         """Document by document, for a model that cannot keep packed ones apart; as many on every rank."""

@@ -97,7 +97,7 @@ def train(
                 waited = loader.waited_seconds - waited
                 line = _line(progress, rows, totals, data.imbalance, rate, engine.grad_norm, applied)
                 line |= _timing(metrics, totals, began_step, waited) | _first_look(memory, console)
-                metrics.hold(sum(losses), totals.weight, waited + engine.pace.take(), **line)
+                metrics.hold(sum(losses), totals.weight, waited + engine.pace.take(), engine.take_aux_sum(), **line)
                 non_finite.check(applied, progress.step, losses, data.rows)
                 if bar:
                     bar.advance_to(progress.step, steps, _note(metrics.last))

@@ -51,8 +51,8 @@ def reduce_totals(batches: Sequence[MicroBatch], stop: bool, held: Sequence[floa
 class MetricsLog:
     """Rank 0's metrics file; on other ranks it writes nothing.
 
-    `start` is `time.monotonic()` at the start of the process. `held` is what the ranks are to sum of a step: its loss,
-    in nats, and a place for every rank's own seconds.
+    `start` is `time.monotonic()` at the start of the process. `held` is what the ranks are to sum of a step: its loss
+    and its routers' loss, in nats, and a place for every rank's own seconds.
     """
 
     path: Path | None
@@ -81,15 +81,20 @@ class MetricsLog:
         aside.write_text("".join(kept), encoding="utf-8")
         aside.replace(self.path)
 
-    def hold(self, loss_sum: float, weight: float, own_seconds: float, **line: Any) -> None:
+    def hold(
+        self, loss_sum: float, weight: float, own_seconds: float, aux_sum: float | None = None, **line: Any
+    ) -> None:
         """Keep a step's line until its loss is known.
 
         Args:
             loss_sum: this rank's; `weight` is that of all ranks.
             own_seconds: what this rank took without waiting for others.
+            aux_sum: the loss of this rank's routers times its tokens; None for a model without any.
         """
         self._held, self._held_weight = line, weight
-        self.held[0], self.held[1 + self.world.rank] = loss_sum, own_seconds
+        if aux_sum is not None:
+            self._held["router_aux_loss"] = None
+        self.held[0], self.held[1], self.held[2 + self.world.rank] = loss_sum, aux_sum or 0.0, own_seconds
 
     def flush(self) -> None:
         """Write the line held with a reduction of its own, collectively."""
@@ -99,8 +104,10 @@ class MetricsLog:
         """Write the line held, if any; `held` is summed over all ranks."""
         if not self._held:
             return
-        loss_sum, *seconds = held
+        loss_sum, aux_sum, *seconds = held
         self.last = {**self._held, "loss": loss_sum / (self._held_weight or 1.0), "rank_seconds": _spread(seconds)}
+        if "router_aux_loss" in self._held:
+            self.last["router_aux_loss"] = aux_sum / (self._held["tokens"] or 1)
         self._hold_nothing()
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
@@ -111,7 +118,7 @@ class MetricsLog:
         return time.monotonic() - self.start
 
     def _hold_nothing(self) -> None:
-        self._held, self.held = {}, [0.0] * (1 + self.world.world_size)
+        self._held, self.held = {}, [0.0] * (2 + self.world.world_size)
 
 
 def _spread(seconds: Sequence[float]) -> dict[str, float]:

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from bigtune.checkpoint.merge import merge
 from bigtune.data.prepare import prepare
+from bigtune.runfile import load_run
 from tests.checkpoint.test_save_resume_merge import whole_parameters
 from tests.tiny import tiny_family, tiny_run, tiny_tokenizer, write_rows
 from tests.train.test_families import OWN
-from tests.training import step, train
+from tests.training import metrics, step, train
 
 QUICK = ("gemma2", "gpt_neox", "mixtral")
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OWN if name not in QUICK]
@@ -48,6 +49,8 @@ def test_a_merged_model_reloads_equal(model_type: str, tmp_path: Path) -> None:
     reloaded = dict(AutoModelForCausalLM.from_pretrained(merged).named_parameters())
     assert reloaded.keys() == wanted.keys()
     assert all(torch.equal(parameter, wanted[name]) for name, parameter in reloaded.items())
+    (line,) = metrics(load_run(checkpoint / "run.yaml"))
+    assert (line.get("router_aux_loss", 0.0) > 0.1) is (model_type in ("mixtral", "qwen3_moe"))
     assert names(merged) == names(tmp_path / "model")  # experts apart as there, whatever reads them
     base = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
     assert not all(torch.equal(parameter, base[name]) for name, parameter in reloaded.items())

@@ -35,11 +35,11 @@ def hold(log: MetricsLog, step: int, loss_sum: float, weight: float = 4.0, **mor
 def test_a_line_is_written_once_its_loss_is_known(log: MetricsLog, tmp_path: Path) -> None:
     hold(log, 1, 8.0)
     assert not (tmp_path / "metrics.jsonl").exists()
-    assert log.held == [8.0, 0.5]
-    log.complete([10.0, 0.5])  # with the other ranks' 2.0
+    assert log.held == [8.0, 0.0, 0.5]
+    log.complete([10.0, 0.0, 0.5])  # with the other ranks' 2.0
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5, "rank_seconds": ALONE}]
-    assert log.held == [0.0, 0.0]
-    log.complete([10.0, 0.5])  # nothing is held any more
+    assert log.held == [0.0, 0.0, 0.0]
+    log.complete([10.0, 0.0, 0.5])  # nothing is held any more
     hold(log, 2, 3.0)
     log.flush()
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
@@ -48,9 +48,9 @@ def test_a_line_is_written_once_its_loss_is_known(log: MetricsLog, tmp_path: Pat
 
 def test_a_loss_is_divided_by_the_weight_of_its_own_step(log: MetricsLog, tmp_path: Path) -> None:
     hold(log, 1, 3.0, weight=0.5)
-    log.complete([3.0, 0.5])
+    log.complete([3.0, 0.0, 0.5])
     hold(log, 2, 3.0, weight=12.0)
-    log.complete([3.0, 0.5])
+    log.complete([3.0, 0.0, 0.5])
     assert [line["loss"] for line in lines(tmp_path / "metrics.jsonl")] == [6.0, 0.25]
 
 
@@ -68,21 +68,29 @@ def test_one_reduction_sums_a_step_with_the_loss_held_from_the_last() -> None:
 def test_a_straggler_is_named_among_any_number_of_ranks(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl", time.monotonic(), World(rank=2, world_size=4))
     log.hold(3.0, 2.0, 0.7, step=1)
-    assert log.held == [3.0, 0.0, 0.0, 0.7, 0.0]
-    log.complete([4.0, 0.3, 0.5, 0.7, 9.0])
+    assert log.held == [3.0, 0.0, 0.0, 0.0, 0.7, 0.0]
+    log.complete([4.0, 0.0, 0.3, 0.5, 0.7, 9.0])
     spread = {"least": 0.3, "median": 0.6, "most": 9.0, "slowest_rank": 3}
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0, "rank_seconds": spread}]
 
 
+def test_the_loss_of_routers_is_a_mean_over_tokens(log: MetricsLog, tmp_path: Path) -> None:
+    log.hold(8.0, 4.0, 0.5, 6.0, step=1, tokens=12)
+    assert log.held == [8.0, 6.0, 0.5]
+    log.complete([8.0, 9.0, 0.5])  # with those of other ranks
+    line = lines(tmp_path / "metrics.jsonl")[0]
+    assert (line["loss"], line["router_aux_loss"]) == (2.0, 0.75)
+
+
 def test_a_step_without_supervised_tokens_has_a_loss_of_zero(log: MetricsLog, tmp_path: Path) -> None:
     hold(log, 1, 0.0, weight=0.0)
-    log.complete([0.0, 0.5])
+    log.complete([0.0, 0.0, 0.5])
     assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 0.0
 
 
 def test_nan_and_infinity_become_null(log: MetricsLog, tmp_path: Path) -> None:
     hold(log, 1, 1.0, grad_norm=float("inf"), tokens=3)
-    log.complete([float("nan"), 0.5])
+    log.complete([float("nan"), 0.0, 0.5])
     line = lines(tmp_path / "metrics.jsonl")[0]
     assert (line["loss"], line["grad_norm"], line["tokens"]) == (None, None, 3)
 
@@ -90,7 +98,7 @@ def test_nan_and_infinity_become_null(log: MetricsLog, tmp_path: Path) -> None:
 def test_other_ranks_write_nothing_but_know_the_last_loss(tmp_path: Path) -> None:
     log = MetricsLog(None, time.monotonic())
     hold(log, 1, 2.0)
-    log.complete([4.0, 0.5])
+    log.complete([4.0, 0.0, 0.5])
     log.forget_after(0)
     assert log.last["loss"] == 1.0
     assert list(tmp_path.iterdir()) == []
