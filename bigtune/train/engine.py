@@ -186,7 +186,7 @@ class Engine:
 
     def sizes(self) -> tuple[int, int]:
         """Elements of the parameters that are trained, and of all."""
-        sizes = [(p.requires_grad, prod(cast(Any, p).ds_shape)) for p in self.parameters.values()]
+        sizes = [(p.requires_grad, prod(getattr(p, "ds_shape", p.shape))) for p in self.parameters.values()]
         return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
 
     def partitions(self) -> Iterator[Partition]:

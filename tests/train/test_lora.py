@@ -32,19 +32,22 @@ def values_of(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return first_values(name.replace("lora_B", "lora_A"), shape, seed=7)
 
 
-def engine_of(folder: Path, adapter: Adapter | None = ADAPTER) -> Engine:
+def engine_of(folder: Path, adapter: Adapter | None = ADAPTER, recompute: str | int = "none") -> Engine:
     world = World.from_environment()
     preset = read_preset("zero3")
     preset["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     run = tiny_run(folder, optim__max_grad_norm=0.0)
-    return Engine(folder, Optim(), complete(preset, run, "float32", 36), "float32", world, adapter=adapter, seed=3)
+    return Engine(
+        folder, Optim(), complete(preset, run, "float32", 36), "float32", world,
+        activation_checkpointing=recompute, adapter=adapter, seed=3,
+    )  # fmt: skip
 
 
-def zero3_gradients(folder: Path, adapter: Adapter, scale: float) -> Gradients:
+def zero3_gradients(folder: Path, adapter: Adapter, scale: float, recompute: str | int = "none") -> Gradients:
     """Gradients of one global batch, with the adapters of `values_of`; called on each rank."""
     from deepspeed.utils import safe_get_full_grad
 
-    engine, world = engine_of(folder, adapter), World.from_environment()
+    engine, world = engine_of(folder, adapter, recompute), World.from_environment()
     for part in engine.partitions():
         for place in part.parameters:
             if is_adapter(place.name):
@@ -119,6 +122,14 @@ def test_gradients_are_those_of_peft_on_any_number_of_ranks(folder: Path, ranks:
     assert reference
     for gradients in run_distributed(zero3_gradients, ranks, folder, ADAPTER, 1.0):
         assert worst(gradients, reference) < 1e-5
+
+
+@pytest.mark.parametrize("recompute", ["full", 2])
+def test_layers_that_are_computed_again_change_no_bit_of_them(folder: Path, recompute: str | int) -> None:
+    wanted = run_distributed(zero3_gradients, 2, folder, ADAPTER, 1.0)[0]
+    found = run_distributed(zero3_gradients, 2, folder, ADAPTER, 1.0, recompute)[0]
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_another_scale_or_other_values_would_fail(folder: Path) -> None:
