@@ -10,7 +10,6 @@ A model whose logits this module does not give, exactly, keeps its own output la
 Shapes: T supervised tokens, C tokens of a chunk, D model width, V vocabulary.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bigtune.config import Loss
+from bigtune.model.token_loss import Change, changed, each_token, minimise
 
 CHUNK_LOGITS = 2**24
 """How many logits a chunk holds at most: 64 MiB of float32."""
@@ -25,20 +25,6 @@ CHUNK_LOGITS = 2**24
 Losses = tuple[torch.Tensor, torch.Tensor]
 """Two float32 scalars in nats, summed over positions by their weights: what is minimised, and, without a gradient, the
 cross-entropy alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What a model does to its logits after the output layer: multiplies them, then caps them softly."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, config: Any) -> "Change":
-        """As configs of transformers say it: Cohere multiplies, Granite divides, Gemma 2 caps."""
-        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        return cls(scale, getattr(config, "final_logit_softcapping", None))
 
 
 class LossHead(nn.Module):
@@ -67,7 +53,7 @@ class LossHead(nn.Module):
 
     def logits(self, hidden_D: torch.Tensor) -> torch.Tensor:
         """What the model's own logits [..., V] should be: of hidden states [..., D], float32."""
-        return _changed(self(hidden_D).float(), self.change)[0]
+        return changed(self(hidden_D).float(), self.change)[0]
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -95,21 +81,11 @@ class _ChunkedLoss(torch.autograd.Function):
             hidden_CD, targets_C, weights_C = (
                 part[start : start + chunk] for part in (hidden_TD, targets_T, weights_T)
             )
-            logits_CV, slope_CV = _changed(nn.functional.linear(hidden_CD, weight_VD, bias_V).float(), change)
-            log_sum_C = torch.logsumexp(logits_CV, dim=-1)
-            chosen_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1)
-            plain += ((log_sum_C - chosen_C) * weights_C).sum()
-            minimised += (_minimised(logits_CV, log_sum_C, chosen_C, loss) * weights_C).sum()
-            # The gradient of the logits, written over them. For the plain loss it is softmax - one-hot.
-            grad_CV = logits_CV.sub_(log_sum_C[:, None]).exp_()
-            if loss.z_loss:
-                grad_CV *= 1.0 + 2.0 * loss.z_loss * log_sum_C[:, None]
-            if loss.label_smoothing:
-                grad_CV -= loss.label_smoothing / vocabulary
-            grad_CV[torch.arange(len(targets_C), device=grad_CV.device), targets_C] -= 1.0 - loss.label_smoothing
+            logits_CV = nn.functional.linear(hidden_CD, weight_VD, bias_V).float()
+            minimised_C, plain_C, grad_CV = each_token(logits_CV, targets_C, change, loss)
+            minimised += (minimised_C * weights_C).sum()
+            plain += (plain_C * weights_C).sum()
             grad_CV *= weights_C[:, None]  # always: to ask whether any is not 1 would make a GPU wait
-            if slope_CV is not None:
-                grad_CV *= slope_CV
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(hidden_CD.dtype)
@@ -134,32 +110,12 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_hidden_TD * grad_loss, grad_weight_VD, grad_bias_V, None, None, None, None
 
 
-def _changed(logits: torch.Tensor, change: Change) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Logits as the model changes them, in place, and how steeply they rise with what they were; None for 1."""
-    if change.scale != 1.0:
-        logits *= change.scale
-    if change.softcap is None:
-        return logits, None if change.scale == 1.0 else torch.tensor(change.scale, device=logits.device)
-    logits = logits.div_(change.softcap).tanh_()
-    slope = (1.0 - logits.square()).mul_(change.scale)
-    return logits.mul_(change.softcap), slope
-
-
-def _minimised(logits: torch.Tensor, log_sum: torch.Tensor, chosen: torch.Tensor, loss: Loss) -> torch.Tensor:
-    """Cross-entropy with smoothed labels (https://arxiv.org/abs/1512.00567) and a penalty on the square of the
-    partition function's logarithm, the z-loss (https://arxiv.org/abs/2204.02311), of each position [C]."""
-    each = log_sum - chosen
-    if loss.label_smoothing:
-        each = log_sum - (1.0 - loss.label_smoothing) * chosen - loss.label_smoothing * logits.mean(-1)
-    return each + loss.z_loss * log_sum.square() if loss.z_loss else each
-
-
 def full_logits_loss(logits_TV: torch.Tensor, targets_T: torch.Tensor, weights_T: torch.Tensor, loss: Loss) -> Losses:
     """The same from logits that the model itself has computed, all at once."""
     logits = logits_TV.float()
     log_sum, chosen = torch.logsumexp(logits, dim=-1), logits.gather(1, targets_T[:, None]).squeeze(1)
     plain = ((log_sum - chosen) * weights_T).sum().detach()
-    return (_minimised(logits, log_sum, chosen, loss) * weights_T).sum(), plain
+    return (minimise(logits, log_sum, chosen, loss) * weights_T).sum(), plain
 
 
 def replace_head(model: PreTrainedModel, loss: Loss = Loss()) -> LossHead | None:  # noqa: B008  # frozen

@@ -23,6 +23,7 @@ from bigtune.data.rows import Position, Rows
 from bigtune.data.stream import RowStream, steps_of
 from bigtune.dist import World
 from bigtune.errors import CheckpointError, DataError
+from bigtune.model import token_loss
 from bigtune.model.attention import describe_kernels
 from bigtune.model.load import read_config
 from bigtune.model.vocabulary import Vocabulary, vocabulary_of
@@ -251,7 +252,8 @@ def _first_look(memory: Memory, console: WorkerConsole) -> dict[str, Any]:
     """What the first step showed of attention and memory, said and for its line; nothing later."""
     held = memory.first()
     if held:
-        console.say(f"attention: {describe_kernels()}")
+        losses = " and ".join(sorted(token_loss.kernels_used)) or "full logits"
+        console.say(f"attention: {describe_kernels()}; loss: {losses}")
         console.say(f"memory of a rank: {to_text(held)}")
     return to_gib(held)
 

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 
 from bigtune.config import Loss
 from bigtune.model import head
-from bigtune.model.head import Change, LossHead, full_logits_loss, replace_head
+from bigtune.model.head import LossHead, full_logits_loss, replace_head
+from bigtune.model.token_loss import Change
 
 TOKENS, WIDTH, VOCABULARY = 11, 24, 53
 WEIGHTS = (0.3, 1.0, 2.0, 0.0, 1.0, 0.7, 0.2, 2.5, 0.5, 0.1, 1.0)
