@@ -1,47 +1,34 @@
 """A run's training, in the order of events.
 
-rows ─▶ progress ─▶ engine ─▶ restore ─▶ [ batches ▶ totals ▶ micro-steps ▶ optimizer step ▶ metrics ▶ save? ]* ─▶ save
+rows ─▶ begin (progress, engine) ─▶ [ batches ▶ totals ▶ micro-steps ▶ optimizer step ▶ metrics ▶ save? ]* ─▶ save
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bigtune import dist
-from bigtune.checkpoint.layout import point_at, read_json
-from bigtune.checkpoint.save import to_json
-from bigtune.config import Run, Train
+from bigtune.config import Run
 from bigtune.data.collate import MicroBatch
 from bigtune.data.deal import Imbalance
 from bigtune.data.loader import Loader
-from bigtune.data.rows import Position, Rows
-from bigtune.data.stream import RowStream, steps_of
+from bigtune.data.rows import Rows
 from bigtune.dist import World
-from bigtune.errors import CheckpointError, DataError
 from bigtune.model import token_loss
 from bigtune.model.attention import describe_kernels
-from bigtune.model.load import read_config
-from bigtune.model.vocabulary import Vocabulary, vocabulary_of
-from bigtune.runfile import to_yaml
+from bigtune.train.begin import begin
 from bigtune.train.console import WorkerConsole
-from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine
-from bigtune.train.fit import check_fit, open_rows
+from bigtune.train.fit import open_rows
 from bigtune.train.guard import NonFinite, Watchdog
 from bigtune.train.memory import Memory, to_gib, to_text
 from bigtune.train.metrics import MetricsLog, Totals, peak_memory_gib, reduce_totals
-from bigtune.train.precision import measure_precision
-from bigtune.train.probe import prove
 from bigtune.train.saving import Progress, Saver
 from bigtune.train.schedule import learning_rate
 from bigtune.train.signals import StopRequest
-from bigtune.train.state import restore
-from bigtune.train.support import check
 
 
 def train(
@@ -66,13 +53,7 @@ def train(
         BigtuneError: what does not fit, cannot be written or does not go on, and what a user can do about it.
     """
     with closing(open_rows(run, begins=start is None)) as rows:
-        progress = _read_progress(start, rows, run.train, new_data, console) if start else Progress()
-        steps = _last_step(run.train, rows, progress)
-        precision = _precision(run.train, start)
-        vocabulary = vocabulary_of(run.model, run.output)
-        ds_config = _settle(run, vocabulary, start, precision, rows, world)
-        console.say(_headline(run, world, steps, precision, rows))
-        engine = _engine(run, vocabulary, ds_config, precision, world, cpu_adam, start, rows, console)
+        engine, progress, steps = begin(run, world, rows, start, console, cpu_adam, new_data)
         metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began, world)
         metrics.forget_after(progress.step)
         watchdog, memory = Watchdog(run.train.step_timeout_seconds, console), Memory(engine, run.train.micro_batch)
@@ -106,96 +87,6 @@ def train(
             saver.save(progress)
     seconds = time.monotonic() - began_loop
     console.say(_ending(progress, steps, metrics.last, loader.waited_seconds / seconds, rows.losses()))
-
-
-def _read_progress(start: Path, rows: Rows, section: Train, new_data: bool, console: WorkerConsole) -> Progress:
-    """Where a checkpoint ended; with other rows than it was trained on, before the first epoch that it had not begun.
-
-    Raises:
-        CheckpointError: the trainer's or the data's JSON is missing or broken.
-        DataError: the rows are other ones and not asked for, or come after the last epoch.
-    """
-    trainer, data = read_json(start, "trainer.json"), read_json(start, "data.json")
-    try:
-        progress = Progress(trainer["step"], trainer["skipped_steps"], Position.from_json(data))
-    except KeyError as error:
-        raise CheckpointError(f"{start}/trainer.json: lacks {error}; resume from another step") from None
-    if data.get("fingerprint") == rows.fingerprint:
-        return progress
-    if not new_data:
-        raise DataError(
-            f"{start}: was trained on other rows than data gives now; bring the sources and settings back, or go "
-            "on with --new-data: the next epoch then begins with the new ones"
-        )
-    ended = progress.position
-    begins = ended if ended == Position(ended.epoch) else Position(ended.epoch + 1)
-    progress = replace(progress, position=begins)
-    if _last_step(section, rows, progress) <= progress.step:
-        key, number = ("epochs", section.epochs) if section.epochs else ("steps", section.steps)
-        raise DataError(f"--new-data: {start} leaves nothing of {key}: {number} for the new ones; raise train.{key}")
-    console.say(f"the documents are other ones than in {start}: epoch {begins.epoch} begins with them")
-    return progress
-
-
-def _last_step(section: Train, rows: Rows, progress: Progress) -> int:
-    """The run's last step: as given, or the one that reads the last epoch's last row."""
-    if section.steps is not None:
-        return section.steps
-    assert isinstance(rows, RowStream)  # the run file gives a stream of raw files its steps
-    return progress.step + steps_of(rows, section.epochs or 1, section.global_batch, progress.position)
-
-
-def _settle(
-    run: Run, vocabulary: Vocabulary, start: Path | None, precision: str, rows: Rows, world: World
-) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run whose parts go together; written down beside the run file."""
-    preset = read_preset(run.deepspeed)
-    check(run, preset, start, world.world_size)
-    model_config = read_config(vocabulary.folder)
-    check_fit(model_config, rows)
-    ds_config = complete(preset, run, precision, model_config.hidden_size)
-    if world.is_main:
-        (run.output / "run.yaml").write_text(to_yaml(run), encoding="utf-8")
-        (run.output / "deepspeed.json").write_text(to_json(ds_config), encoding="utf-8")
-    return ds_config
-
-
-def _precision(section: Train, start: Path | None) -> str:
-    """The run file's precision; for `auto` that of the checkpoint, or rank 0's measurement."""
-    if section.precision != "auto":
-        return section.precision
-    if start is not None:
-        return str(read_json(start, "trainer.json").get("precision"))
-    fast = measure_precision() == "bfloat16"
-    return "bfloat16" if dist.from_main(float(fast)) else "float32"
-
-
-def _engine(
-    run: Run,
-    vocabulary: Vocabulary,
-    ds_config: dict[str, Any],
-    precision: str,
-    world: World,
-    cpu_adam: bool,
-    start: Path | None,
-    rows: Rows,
-    console: WorkerConsole,
-) -> Engine:
-    """The model, proven, and with the state of a checkpoint where the run goes on from one."""
-    recompute = run.train.activation_checkpointing
-    engine = Engine(
-        run.model.path, run.optim, ds_config, precision, world, cpu_adam, run.loss, recompute,
-        run.adapter, vocabulary, run.train.seed,
-    )  # fmt: skip
-    for addition in _additions(engine, vocabulary):
-        console.say(addition)
-    prove(engine, rows.longest()[0], console.say)
-    if start is not None:
-        restore(engine, start)
-        console.say(f"going on from {start}")
-        if world.is_main and start.parent == console.output / "checkpoints":
-            point_at(start)  # where it goes back to an earlier step, the later ones are no longer this run's
-    return engine
 
 
 def _learn(
@@ -256,26 +147,6 @@ def _first_look(memory: Memory, console: WorkerConsole) -> dict[str, Any]:
         console.say(f"attention: {describe_kernels()}; loss: {losses}")
         console.say(f"memory of a rank: {to_text(held)}")
     return to_gib(held)
-
-
-def _headline(run: Run, world: World, steps: int, precision: str, rows: Rows) -> str:
-    ranks = f"{world.world_size} ranks" if world.world_size > 1 else "1 rank"
-    threads = torch.get_num_threads()
-    return (
-        f"train: {steps} steps of {run.train.global_batch} {rows.describe()} "
-        f"on {ranks}, {dist.device().type}, {precision}, "
-        f"{threads} thread{'s' if threads > 1 else ''} a rank"
-    )
-
-
-def _additions(engine: Engine, vocabulary: Vocabulary) -> Iterator[str]:
-    """What the run adds to the model, for the head of a run."""
-    if engine.adapted:
-        trained, whole = engine.sizes()
-        layers = len(engine.adapted.folds)
-        yield f"adapter: on {layers:,} layers; {trained:,} of {whole:,} parameters ({trained / whole:.2%}) are trained"
-    if vocabulary.new_rows:
-        yield f"new tokens: {len(vocabulary.new_rows)}, rows {vocabulary.new_rows.start:,} on of the embeddings"
 
 
 def _note(last: Mapping[str, Any]) -> str:

@@ -65,3 +65,16 @@ def test_no_rows_are_one_token_without_weight() -> None:
 def test_documents_without_anything_supervised_still_stand_in_the_batch() -> None:
     batch = collate([row(document([5, 6]), document([7]))])
     assert (batch.tokens, batch.supervised, batch.input_ids.tolist()) == (3, 0, [5, 6, 7])
+
+
+def test_documents_apart_are_each_of_them_collated_alone() -> None:
+    documents = [document(range(10, 18), (1, 3), (5, 8), weights=[0.5, 2.0]), document([7]), document([1, 2], (1, 2))]
+    apart = collate([row(*documents[:2]), row(documents[2])]).apart()
+    alone = [collate([row(one)]) for one in documents]
+    assert len(apart) == 3
+    for one, other in zip(apart, alone, strict=True):
+        for name in ("input_ids", "position_ids", "document_offsets", "predict_at", "targets", "weights"):
+            assert getattr(one, name).tolist() == getattr(other, name).tolist()
+        assert (one.tokens, one.weight) == (other.tokens, other.weight)
+    (stand_in,) = collate([]).apart()
+    assert (stand_in.tokens, stand_in.supervised) == (0, 0)

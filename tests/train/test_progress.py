@@ -129,7 +129,7 @@ def too_many(*arguments: Any) -> int:
 def test_no_step_is_taken_on_nothing(house: House, tmp_path: Path) -> None:
     """Should the rows end before the steps do: Adam and the decay of weights would go on without them."""
     run = house.another(tmp_path / "run", house.first, 1)
-    train(run, patches={"bigtune.train.loop.steps_of": too_many})
+    train(run, patches={"bigtune.train.begin.steps_of": too_many})
     assert metrics(run) == metrics(house.run)
     assert differing(step(run, house.first.steps), step(house.run, house.first.steps)) == []
     assert f"train: done, {house.first.steps} steps" in (run.output / "logs" / "rank-0.log").read_text()
