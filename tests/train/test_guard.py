@@ -64,6 +64,9 @@ def unchanged_by(folder: Path, precision: str, preset: str, max_grad_norm: float
     with (
         mock.patch("deepspeed.runtime.zero.stage3.is_invalid_grad_norm", lambda norm: False),
         mock.patch("deepspeed.runtime.zero.stage_1_and_2.is_invalid_grad_norm", lambda norm: False),
+        mock.patch(
+            "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer.check_overflow", lambda zero, **_: None
+        ),
         mock.patch(f"bigtune.train.{preset[:5]}.refuse_non_finite", **off) if not guarded else _as_is(),
     ):
         engine = Engine(folder, run.optim, complete(read_preset(preset), run, precision, 36), precision, world)

@@ -97,7 +97,7 @@ def test_another_position_would_be_seen(trained: Trained, tmp_path: Path, number
 def test_the_rows_go_on_on_another_number_of_ranks(trained: Trained, tmp_path: Path) -> None:
     """The shards are of two ranks and stay unread here; what is asked is which rows a step has."""
     run = trained.another(tmp_path / "one")
-    without_state = {**QUICK, "bigtune.train.begin.restore": nothing}
+    without_state = {**QUICK, "bigtune.train.begin.restore": nothing, "bigtune.train.begin.check": nothing}
     train(run, ranks=1, resume=str(step(trained.run, STOP_AFTER)), patches=without_state)
     assert rows_of(run) == rows_of(trained.run)[STOP_AFTER:]
     assert data_of(step(run, STEPS)) == data_of(step(trained.run, STEPS))

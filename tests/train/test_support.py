@@ -25,6 +25,12 @@ REFUSED = [cell for cell in CELLS if cell not in SUPPORTED]
 RATES = {"sgd": 0.1, "lion_8bit": 3e-4}
 
 
+QUICK = {
+    ("zero3", "adamw_8bit"), ("zero3", "sgd"), ("zero3_offload", "adamw"), ("zero2", "lion_8bit"), ("zero2", "adam"),
+}  # fmt: skip
+"""Each preset and each optimizer once; the other cells take longer than `make test` has."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("support")
@@ -52,7 +58,10 @@ def test_the_table_has_every_preset_and_every_optimizer() -> None:
     assert all(preset_of(read_preset(preset)) == preset for preset in PRESETS)
 
 
-@pytest.mark.parametrize(("preset", "name"), SUPPORTED)
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [cell if cell in QUICK else pytest.param(*cell, marks=pytest.mark.slow) for cell in SUPPORTED],
+)
 def test_what_is_supported_trains_resumes_and_merges(folder: Path, preset: str, name: str) -> None:
     """On 2 ranks: it learns; from a checkpoint in its middle it goes on to the same bits; merged it is what the
     masters are; and on another number of ranks it is refused with the number to take."""
