@@ -16,7 +16,8 @@ from bigtune.data.prepare import prepare
 from bigtune.runfile import to_yaml
 from tests.checkpoint.test_save_resume_merge import whole_parameters
 from tests.distributed import GPUS, run_distributed
-from tests.tiny import tiny_llama, tiny_model, tiny_run, write_rows
+from tests.tiny import tiny_family, tiny_llama, tiny_model, tiny_run, write_rows
+from tests.train.test_families import EXPERTS, OWN, reference, rows, step_on_rank
 from tests.train.test_loss import ALIKE, reference_gradients, worst, zero3_gradients
 from tests.training import differing, metrics, step, train
 
@@ -37,6 +38,17 @@ def test_gradients_are_those_of_transformers_on_the_cpu(
     folder = tiny_llama(tmp_path, tied=tied)
     (gradients,) = run_distributed(zero3_gradients, 1, folder, precision, 0, "global", ALIKE, cuda=True)
     assert worst(gradients, reference_gradients(folder, ALIKE)) < bound
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_neox", "granite", "mistral", "mixtral", "qwen3"])
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-4), ("bfloat16", 5e-2)])
+def test_gradients_of_families_are_those_of_transformers_on_the_cpu(
+    tmp_path: Path, model_type: str, precision: str, bound: float
+) -> None:
+    """Windows, soft caps, scaled logits and experts, by whatever kernels this machine has."""
+    folder = tiny_family(tmp_path, model_type, experts=EXPERTS, **OWN[model_type])
+    ((gradients, _),) = run_distributed(step_on_rank, 1, folder, [rows()], precision, cuda=True)
+    assert worst(gradients, reference(folder)[0]) < bound
 
 
 @pytest.mark.parametrize("preset", ["zero3", "zero3_offload"])

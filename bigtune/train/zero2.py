@@ -86,8 +86,8 @@ def replicas(_: Any, parameters: Collection[nn.Parameter]) -> list[torch.Tensor]
 def refuse_non_finite(zero: Any) -> None:
     """Skip every step whose gradient is not finite on some rank, in every data type.
 
-    The global norm says it, which the ranks have reduced: DeepSpeed gives -1 for one that is not finite, and by itself
-    takes no notice of that in bfloat16.
+    The global norm says it, which the ranks have reduced: DeepSpeed gives -1 for one that is not finite. What DeepSpeed
+    itself does then depends on the data type and its settings, so that it does not get to decide.
     """
 
     def check(partition_gradients: bool = True) -> None:

@@ -50,14 +50,16 @@ def rows() -> list[Row]:
     return [Row(tuple(range(len(row))), tuple(row)) for row in made]
 
 
-def step_on_rank(folder: Path, ranks_rows: Sequence[Sequence[Row]]) -> tuple[Gradients, Gradients]:
+def step_on_rank(
+    folder: Path, ranks_rows: Sequence[Sequence[Row]], precision: str = "float32"
+) -> tuple[Gradients, Gradients]:
     """Full gradients of one global batch, a row a micro-batch, and full parameters after a step with them."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     world = World.from_environment()
     run = tiny_run(folder, optim__max_grad_norm=0.0)
     # An epsilon above the gradients: Adam's first step is then smooth in them, as SGD's.
-    engine = Engine(folder, Optim(epsilon=1.0), complete(read_preset("zero3"), run, "float32", 36), "float32", world)
+    engine = Engine(folder, Optim(epsilon=1.0), complete(read_preset("zero3"), run, precision, 36), precision, world)
     whole = collate([row for mine in ranks_rows for row in mine])
     mine = ranks_rows[world.rank]
     for index, row in enumerate(mine):

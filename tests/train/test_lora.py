@@ -25,6 +25,7 @@ from tests.train.test_loss import WEIGHTED, Gradients, spans_of, worst
 
 ADAPTER = Adapter(rank=3, alpha=5.0)
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
+OTHERS = ("cohere", "gemma3_text", "granite", "mistral", "mixtral", "olmo2", "phi", "qwen3", "qwen3_moe")
 
 
 def values_of(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -108,7 +109,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def small_model(folder: Path, model_type: str) -> Path:
     """Of the family, with a vocabulary for the documents, and layers that are square: what is transposed shows."""
-    changes: dict[str, Any] = {"vocab_size": 321, "intermediate_size": 32, "n_inner": 32}
+    changes: dict[str, Any] = {"vocab_size": 321, "intermediate_size": 32, "n_inner": 32, "router_aux_loss_coef": 0.0}
     changes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # of GPT-2, when it is trained
     config = AutoConfig.for_model(model_type, **{**SMALL, **OWN.get(model_type, {}), **changes})
     torch.manual_seed(0)
@@ -122,6 +123,18 @@ def test_gradients_are_those_of_peft_on_any_number_of_ranks(folder: Path, ranks:
     assert reference
     for gradients in run_distributed(zero3_gradients, ranks, folder, ADAPTER, 1.0):
         assert worst(gradients, reference) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_gradients_are_those_of_peft_in_other_families(model_type: str, tmp_path: Path) -> None:
+    folder = small_model(tmp_path, model_type)
+    # Of mixtures the layers of attention: peft's `all-linear` has their routers and experts too, bigtune's has not.
+    attention = {"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")}
+    adapter = ADAPTER.model_copy(update=attention if model_type in ("mixtral", "qwen3_moe") else {})
+    wanted = reference_gradients(folder, adapter)
+    for gradients in run_distributed(zero3_gradients, 2, folder, adapter, 1.0):
+        assert worst(gradients, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("recompute", ["full", 2])
