@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bigtune.checkpoint.layout import Parameter
@@ -224,7 +225,7 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-def _gather_whole_layers(model: nn.Module, stage: Any) -> None:
+def _gather_whole_layers(model: PreTrainedModel, stage: Any) -> None:
     """For types that no test holds: some use weights of parts that they do not call, or call other parts on each rank.
 
     Raises:
@@ -235,3 +236,4 @@ def _gather_whole_layers(model: nn.Module, stage: Any) -> None:
     if stage is zero2:
         raise ModelError("models of this type are trained with ZeRO-3 alone; set deepspeed: zero3")
     set_z3_leaf_modules(model, [GradientCheckpointingLayer], raise_if_not_found=False)
+    model.enable_input_require_grads()  # DeepSpeed knows by a layer's input when its backward pass is over

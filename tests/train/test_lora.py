@@ -18,14 +18,16 @@ from bigtune.model.initial import first_values
 from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine
 from bigtune.train.optim import parameter_groups
+from bigtune.train.probe import prove
 from tests.distributed import run_distributed
 from tests.model.test_families import OWN, SMALL
 from tests.tiny import tiny_llama, tiny_run
 from tests.train.test_loss import WEIGHTED, Gradients, spans_of, worst
+from tests.train.test_probe import HYBRID
 
 ADAPTER = Adapter(rank=3, alpha=5.0)
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
-OTHERS = ("cohere", "gemma3_text", "granite", "mistral", "mixtral", "olmo2", "phi", "qwen3", "qwen3_moe")
+OTHERS = ("cohere", "gemma3_text", "granite", "lfm2", "mistral", "mixtral", "olmo2", "phi", "qwen3", "qwen3_moe")
 
 
 def values_of(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -38,10 +40,12 @@ def engine_of(folder: Path, adapter: Adapter | None = ADAPTER, recompute: str | 
     preset = read_preset("zero3")
     preset["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     run = tiny_run(folder, optim__max_grad_norm=0.0)
-    return Engine(
+    engine = Engine(
         folder, Optim(), complete(preset, run, "float32", 36), "float32", world,
         activation_checkpointing=recompute, adapter=adapter, seed=3,
     )  # fmt: skip
+    prove(engine, 50, print)
+    return engine
 
 
 def zero3_gradients(folder: Path, adapter: Adapter, scale: float, recompute: str | int = "none") -> Gradients:
@@ -111,7 +115,8 @@ def small_model(folder: Path, model_type: str) -> Path:
     """Of the family, with a vocabulary for the documents, and layers that are square: what is transposed shows."""
     changes: dict[str, Any] = {"vocab_size": 321, "intermediate_size": 32, "n_inner": 32, "router_aux_loss_coef": 0.0}
     changes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # of GPT-2, when it is trained
-    config = AutoConfig.for_model(model_type, **{**SMALL, **OWN.get(model_type, {}), **changes})
+    own = {**OWN, "lfm2": HYBRID}.get(model_type, {})
+    config = AutoConfig.for_model(model_type, **{**SMALL, **own, **changes})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
