@@ -25,6 +25,7 @@ def test_the_chain_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert after < before - 0.1
 
 
+@pytest.mark.slow
 def test_a_changed_source_costs_a_started_run_nothing(tmp_path: Path) -> None:
     """The documents that its checkpoint goes on with stay, and go on when the source is back."""
     tiny_model(tmp_path / "model")

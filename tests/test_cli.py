@@ -396,6 +396,7 @@ def test_killing_the_command_leaves_no_worker(base: Path, tmp_path: Path, start:
 
 
 @needs_two_cores
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(base: Path, tmp_path: Path, start: Start) -> None:
     run = run_file(base, tmp_path, steps=100_000)
     process = train_until(start, run, 2)

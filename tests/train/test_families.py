@@ -94,7 +94,12 @@ def reference(folder: Path, one_layer_at_a_time: bool = True) -> tuple[Gradients
     return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}, used
 
 
-@pytest.fixture(scope="module", params=OWN)
+QUICK = ("cohere", "gemma2", "gpt2", "mixtral", "qwen3")
+
+
+@pytest.fixture(
+    scope="module", params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OWN]
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_family(tmp_path_factory.mktemp("family"), request.param, experts=EXPERTS, **OWN[request.param])
 

@@ -271,6 +271,7 @@ if os.environ.get("RANK") == "1":
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
+@pytest.mark.slow
 def test_a_step_that_hangs_ends_the_run_with_the_stacks_of_all_ranks(made: Path, tmp_path: Path) -> None:
     """Through the command line: one rank sleeps, the other waits for it in a collective of gloo."""
     (tmp_path / "sitecustomize.py").write_text(HANG)

@@ -122,7 +122,7 @@ def small_model(folder: Path, model_type: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_peft_on_any_number_of_ranks(folder: Path, ranks: int) -> None:
     reference = reference_gradients(folder)
     assert reference
@@ -142,7 +142,7 @@ def test_gradients_are_those_of_peft_in_other_families(model_type: str, tmp_path
         assert worst(gradients, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("recompute", ["full", 2])
+@pytest.mark.parametrize("recompute", ["full", pytest.param(2, marks=pytest.mark.slow)])
 def test_layers_that_are_computed_again_change_no_bit_of_them(folder: Path, recompute: str | int) -> None:
     wanted = run_distributed(zero3_gradients, 2, folder, ADAPTER, 1.0)[0]
     found = run_distributed(zero3_gradients, 2, folder, ADAPTER, 1.0, recompute)[0]

@@ -92,7 +92,9 @@ def test_positions_that_turn_by_the_longest_document_are_found_in_any_type(tmp_p
     assert worst(gradients, reference(folder)[0]) < 1e-4
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "doge", "gptj"])
+@pytest.mark.parametrize(
+    "model_type", ["bloom", *(pytest.param(name, marks=pytest.mark.slow) for name in ("doge", "gptj"))]
+)
 def test_attention_that_goes_its_own_way_is_found(model_type: str, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "bloom": {}, "doge": {"router_aux_loss_coef": 0.0},

@@ -28,7 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["llama", "gpt2", pytest.param("gemma2", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes = FAMILIES[request.param] | {"vocab_size": VOCABULARY + 1, "num_hidden_layers": 4}
     folder = tmp_path_factory.mktemp(request.param)
