@@ -46,6 +46,11 @@ def read_config(folder: Path) -> Any:
         raise ModelError(f"{folder}/config.json: {str(error).splitlines()[0]}") from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{folder}: models of type {config.model_type} predict no next token; give a decoder")
+    if config.get_text_config() is not config:
+        raise ModelError(
+            f"{folder}: a {config.model_type} model has parts for more than text, which bigtune does not train yet; "
+            "save its language model alone, and give that"
+        )
     return config
 
 

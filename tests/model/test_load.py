@@ -1,5 +1,6 @@
 """A model on ZeRO-3 is what `from_pretrained` gives, to the last bit, and no rank reads more than its share."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,13 @@ def test_what_is_no_model_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ModelError, match="models of type vit predict no next token; give a decoder"):
         skeleton(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "mllama", "qwen3_5"])
+def test_a_model_of_more_than_text_is_refused(model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ModelError, match=f"a {model_type} model has parts for more than text"):
+        read_config(tmp_path)
 
 
 def test_what_makes_a_model_of_the_weights_is_found(tmp_path: Path) -> None:
