@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -62,24 +62,26 @@ class World:
 
 def all_sum(values: Sequence[float]) -> list[float]:
     """Sum numbers over all ranks, in float64: exact for counts up to 2^53."""
+    from torch import distributed
+
+    return _reduced(values, distributed.ReduceOp.SUM)
+
+
+def all_max(value: float) -> float:
+    """The largest of the ranks' numbers, on every rank."""
+    from torch import distributed
+
+    return _reduced([value], distributed.ReduceOp.MAX)[0]
+
+
+def _reduced(values: Sequence[float], operation: Any) -> list[float]:
     import torch
     from torch import distributed
 
     tensor = torch.tensor(list(values), dtype=torch.float64, device=device())
     if distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.all_reduce(tensor)
+        distributed.all_reduce(tensor, operation)
     return [float(value) for value in tensor.tolist()]
-
-
-def all_max(value: float) -> float:
-    """The largest of the ranks' numbers, on every rank."""
-    import torch
-    from torch import distributed
-
-    tensor = torch.tensor(value, dtype=torch.float64, device=device())
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
-    return float(tensor)
 
 
 def from_main(value: float) -> float:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,8 +19,21 @@ from bigtune.train.console import WorkerConsole
 from bigtune.train.signals import StopRequest
 from bigtune.train.start import find_start
 from tests.distributed import run_distributed
+from tests.tiny import tiny_run
 
 RANKS = 2
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that nothing interrupted, and how to make another like it."""
+
+    folder: Path
+    settings: dict[str, Any]
+    run: Run
+
+    def another(self, output: Path, **changes: Any) -> Run:
+        return tiny_run(self.folder, **{**self.settings, "output": str(output), **changes})
 
 
 class StopAfter(StopRequest):

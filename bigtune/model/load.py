@@ -6,7 +6,7 @@
 No rank ever holds the whole model (design, rule 5).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bigtune.errors import ModelError
 from bigtune.model import attention
+from bigtune.model.adapter import plain_name
 from bigtune.model.weights import Weights, saved_buffers
 
 EXACT = (
@@ -87,9 +88,23 @@ def materialise_buffers(model: PreTrainedModel, weights: Weights, device: torch.
             model._init_weights(module)  # transformers' own way to fill them
 
 
-def replace_parameters(model: PreTrainedModel, by: Mapping[int, nn.Parameter]) -> None:
-    """Put other parameters in place, by the identity of those that stand there: in every module that shares one."""
+def replace_parameters(
+    model: PreTrainedModel, new: Callable[[str, nn.Parameter], nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Put another parameter in place of each, in every module that shares it.
+
+    Args:
+        new: makes it, from its Hugging Face name and the one that stands there, whose attributes it keeps.
+
+    Returns:
+        The new ones by these names.
+    """
+    made, by_old = dict[str, nn.Parameter](), dict[int, nn.Parameter]()
+    for wrapped, old in model.named_parameters():
+        name = plain_name(wrapped)
+        made[name] = by_old[id(old)] = new(name, old)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = by[id(parameter)]
+                module._parameters[name] = by_old[id(parameter)]
+    return made

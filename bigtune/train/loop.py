@@ -106,7 +106,7 @@ def _learn(
             losses.append(engine.micro_step(batch, totals.weight, totals.tokens, last=index == len(batches) - 1))
     with memory.optimizer_step():
         applied = engine.step(rate)
-    return [float(loss) for loss in torch.stack(losses).tolist()], applied
+    return torch.stack(losses).tolist(), applied
 
 
 def _line(

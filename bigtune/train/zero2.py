@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from bigtune.checkpoint.layout import Parameter
 from bigtune.dist import World, device
-from bigtune.model.adapter import plain_name
 from bigtune.model.initial import Initial
 from bigtune.model.load import replace_parameters
 
@@ -30,15 +29,14 @@ def load(
     Returns:
         The parameters by Hugging Face's names.
     """
-    parameters: dict[str, nn.Parameter] = {}
-    replaced: dict[int, nn.Parameter] = {}
-    for name, old in model.named_parameters():
+
+    def whole(name: str, old: nn.Parameter) -> nn.Parameter:
         new = nn.Parameter(torch.empty(old.shape, dtype=dtype, device=device()), old.requires_grad)
         new.__dict__.update(old.__dict__)
-        initial.read(plain_name(name), 0, new.numel(), new.data.view(-1))
-        parameters[plain_name(name)] = replaced[id(old)] = new
-    replace_parameters(model, replaced)
-    return parameters
+        initial.read(name, 0, new.numel(), new.data.view(-1))
+        return new
+
+    return replace_parameters(model, whole)
 
 
 def groups(zero: Any, names: Mapping[int, str]) -> Iterator[tuple[tuple[Parameter, ...], torch.Tensor, dict[str, Any]]]:

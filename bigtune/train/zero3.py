@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from bigtune.checkpoint.layout import Parameter
 from bigtune.dist import World, device
-from bigtune.model.adapter import plain_name
 from bigtune.model.initial import Initial
 from bigtune.model.load import replace_parameters
 
@@ -33,9 +32,8 @@ def load(
     from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 
     init = deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype)
-    parameters: dict[str, nn.Parameter] = {}
-    replaced: dict[int, nn.Parameter] = {}
-    for name, old in model.named_parameters():
+
+    def share(name: str, old: nn.Parameter) -> nn.Parameter:
         # A stand-in with the full shape and zero strides: it takes no memory.
         new = nn.Parameter(torch.empty(1, dtype=dtype, device=device()).expand(old.shape), old.requires_grad)
         new.__dict__.update(old.__dict__)
@@ -45,7 +43,7 @@ def load(
         start = length * world.rank
         count = min(length, max(0, old.numel() - start))
         if count:
-            initial.read(plain_name(name), start, count, partition)
+            initial.read(name, start, count, partition)
         partition.ds_numel = length  # type: ignore[attr-defined]
         partition.status = PartitionedParamStatus.AVAILABLE  # type: ignore[attr-defined]
         partition.final_location = None  # type: ignore[attr-defined]
@@ -53,9 +51,9 @@ def load(
         new.ds_numel_aligned = length * world.world_size  # type: ignore[attr-defined]
         new.data = torch.empty(0, dtype=dtype, device=device())
         new.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
-        parameters[plain_name(name)] = replaced[id(old)] = new
-    replace_parameters(model, replaced)
-    return parameters
+        return new
+
+    return replace_parameters(model, share)
 
 
 def groups(zero: Any, names: Mapping[int, str]) -> Iterator[tuple[tuple[Parameter, ...], torch.Tensor, dict[str, Any]]]:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +22,12 @@ from bigtune.runfile import to_yaml
 from bigtune.train.start import find_start
 from tests.tiny import tiny_llama, tiny_run, tiny_tokenizer, write_rows
 from tests.train.test_lora import small_model
-from tests.training import differing, metrics, step, train
+from tests.training import Trained, differing, metrics, step, train
 
 STEPS, STOP_AFTER = 4, 2
 TOKENS = ["<tool>", "</tool>"]
 TOKENIZER = 287
 """Tokens of the tiny tokenizer."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    folder: Path
-    settings: dict[str, Any]
-    run: Run
-
-    def another(self, output: Path, **changes: Any) -> Run:
-        return tiny_run(self.folder, **{**self.settings, "output": str(output), **changes})
 
 
 def make_trained(folder: Path, model_type: str, shape: dict[str, Any] | None = None, **changes: Any) -> Trained:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,11 @@ from bigtune.train.start import find_start
 from tests.disk import resize, small_disk
 from tests.distributed import run_distributed
 from tests.tiny import tiny_model, tiny_run, write_rows
-from tests.training import RANKS, differing, metrics, train, train_on_rank
+from tests.training import RANKS, Trained, differing, metrics, train, train_on_rank
 from tests.training import step as step_of
 
 STEPS, STOP_AFTER = 7, 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run of STEPS steps that nothing interrupted, and how to make another like it."""
-
-    folder: Path
-    settings: dict[str, Any]
-    run: Run
-
-    def another(self, output: Path, **changes: Any) -> Run:
-        return tiny_run(self.folder, **{**self.settings, "output": str(output), **changes})
 
 
 RUNS = (

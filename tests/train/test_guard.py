@@ -19,7 +19,6 @@ import bigtune
 from bigtune.config import Run
 from bigtune.data.collate import collate
 from bigtune.data.loader import step_of
-from bigtune.data.prepare import prepare
 from bigtune.data.rows import Position
 from bigtune.data.store import Store
 from bigtune.data.stream import RowStream
@@ -29,7 +28,7 @@ from bigtune.runfile import to_yaml
 from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine
 from tests.distributed import run_distributed
-from tests.tiny import tiny_llama, tiny_model, tiny_run, write_rows
+from tests.tiny import tiny_llama, tiny_run
 from tests.train.test_loss import ALIKE
 from tests.training import metrics, train, train_on_rank
 
@@ -170,17 +169,6 @@ def drifting_step(engine: Engine, rate: float) -> bool:
 
 def other_yaml(run: Run) -> str:
     return to_yaml(run) + ("# another\n" if on_last_rank() else "")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and prepared documents."""
-    folder = tmp_path_factory.mktemp("run")
-    tiny_model(folder / "model")
-    write_rows(folder / "rows.jsonl")
-    run = tiny_run(folder, data__store=str(folder / "store"))
-    prepare(run.data, run.model.path, run.store)
-    return folder
 
 
 def another(made: Path, output: Path, **changes: Any) -> Run:

@@ -22,7 +22,7 @@ from bigtune.train.probe import prove
 from tests.distributed import run_distributed
 from tests.model.test_families import OWN, SMALL
 from tests.tiny import tiny_llama, tiny_run
-from tests.train.test_loss import WEIGHTED, Gradients, spans_of, worst
+from tests.train.test_loss import WEIGHTED, Gradients, learn_each_alone, worst
 from tests.train.test_probe import HYBRID
 
 ADAPTER = Adapter(rank=3, alpha=5.0)
@@ -94,15 +94,8 @@ def plain(name: str) -> str:
 
 
 def reference_gradients(folder: Path, adapter: Adapter = ADAPTER) -> Gradients:
-    """One document at a time, full logits."""
     model = peft_model(folder, adapter)
-    documents = [one for row in WEIGHTED for one in row.documents]
-    total = sum(float(weight) * int(end - start) for d in documents for (start, end), weight in spans_of(d))
-    for one in documents:
-        ids = torch.from_numpy(one.input_ids).long()
-        losses = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
-        parts = [weight * losses[start - 1 : end - 1].sum() for (start, end), weight in spans_of(one)]
-        (sum(parts, losses.sum() * 0.0) / total).backward()
+    learn_each_alone(model, WEIGHTED)
     return {plain(name): p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
 
 

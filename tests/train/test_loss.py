@@ -71,6 +71,12 @@ def reference_gradients(folder: Path, rows: list[Row]) -> Gradients:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    learn_each_alone(model, rows)
+    return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+
+
+def learn_each_alone(model: Any, rows: list[Row]) -> None:
+    """The gradient of the rows' loss into a model of transformers: a document at a time, full logits."""
     documents = [one for row in rows for one in row.documents]
     total = sum(float(weight) * int(end - start) for d in documents for (start, end), weight in spans_of(d))
     for one in documents:
@@ -78,7 +84,6 @@ def reference_gradients(folder: Path, rows: list[Row]) -> Gradients:
         losses = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
         parts = [weight * losses[start - 1 : end - 1].sum() for (start, end), weight in spans_of(one)]
         (sum(parts, losses.sum() * 0.0) / total).backward()
-    return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
 
 
 def spans_of(one: Document) -> list[tuple[Any, float]]:

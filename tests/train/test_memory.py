@@ -8,25 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from bigtune.data.prepare import prepare
 from bigtune.model.head import LossHead
 from bigtune.train.engine import Engine
 from bigtune.train.memory import distinct_bytes, to_text
 from tests.distributed import run_distributed
-from tests.tiny import tiny_model, tiny_run, write_rows
+from tests.tiny import tiny_run
 from tests.training import train, train_on_rank
 
 REAL_FORWARD, REAL_STEP = LossHead.forward, Engine.step
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    tiny_model(folder / "model")
-    write_rows(folder / "rows.jsonl")
-    run = tiny_run(folder, data__store=str(folder / "store"))
-    prepare(run.data, run.model.path, run.store)
-    return folder
 
 
 def test_memory_that_tensors_share_is_counted_once() -> None:
