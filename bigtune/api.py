@@ -15,18 +15,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bigtune.config import Run
 from bigtune.errors import ConfigError, LaunchError
 from bigtune.progress import bar
-from bigtune.runfile import to_yaml
 
 if TYPE_CHECKING:
+    from bigtune.checkpoint.verify import Verdict
+    from bigtune.config import Run
     from bigtune.data.manifest import Manifest
     from bigtune.evaluate.report import Report
     from bigtune.report.inspection import Inspection
 
 
-def prepare(run: Run, keep: str | None = None) -> "Manifest":
+def prepare(run: "Run", keep: str | None = None) -> "Manifest":
     """Make the document store of a run, unless it is there already.
 
     Args:
@@ -47,7 +47,7 @@ def prepare(run: Run, keep: str | None = None) -> "Manifest":
     return manifest
 
 
-def inspect(run: Run, samples: int = 3, rows: int = 1, ranks: int = 2) -> "Inspection":
+def inspect(run: "Run", samples: int = 3, rows: int = 1, ranks: int = 2) -> "Inspection":
     """Look at what a run trains on, prepared first if it is not; a run that training would refuse can be seen too.
 
     Args:
@@ -63,7 +63,7 @@ def inspect(run: Run, samples: int = 3, rows: int = 1, ranks: int = 2) -> "Inspe
 
 
 def train(
-    run: Run,
+    run: "Run",
     ranks: int | None = None,
     resume: str | None = None,
     oversubscribe: bool = False,
@@ -84,7 +84,9 @@ def train(
         BigtuneError: before any worker starts where possible, else what the first failing worker says.
     """
     from bigtune.launch.local import check_ranks, default_ranks, launch
+    from bigtune.runfile import to_yaml
     from bigtune.train.ds_config import read_preset
+    from bigtune.train.lock import RunLock
     from bigtune.train.ops import ensure_ops, needed_ops
     from bigtune.train.start import documents_of, find_start
     from bigtune.train.support import check
@@ -93,16 +95,16 @@ def train(
     check_ranks(ranks, oversubscribe)
     preset = read_preset(run.deepspeed)
     start = find_start(run, resume, new_data)
-    check(run, preset, start, ranks)
-    if not run.data.stream:
-        prepare(run, None if new_data else documents_of(start))
-    ensure_ops(needed_ops(preset, run.optim), lambda line: print(line, file=sys.stderr))
+    check(run, preset)
     resolved = run.output / "run.yaml"
-    try:
-        run.output.mkdir(parents=True, exist_ok=True)
-        resolved.write_text(to_yaml(run), encoding="utf-8")
-    except OSError as error:
-        raise LaunchError(f"output: {run.output.absolute()} cannot be written: {error.strerror}") from None
+    with RunLock(run.output):  # the first worker takes it after this
+        if not run.data.stream:
+            prepare(run, None if new_data else documents_of(start))
+        ensure_ops(needed_ops(preset, run.optim), _note)
+        try:
+            resolved.write_text(to_yaml(run), encoding="utf-8")
+        except OSError as error:
+            raise LaunchError(f"output: {run.output.absolute()} cannot be written: {error.strerror}") from None
     options = [f"--resume={resume}"] * (resume is not None) + ["--new-data"] * new_data
     return launch(ranks, [str(resolved), *options], run.output)
 
@@ -114,20 +116,37 @@ def merge(
     max_shard_size: str = "5GB",
     adapter: bool = False,
     base: Path | None = None,
+    workers: int | None = None,
 ) -> Path:
-    """Merge a checkpoint (a step-N folder, or a run's output folder for its latest) into a model folder.
+    """Merge a checkpoint of bigtune's or of DeepSpeed's ZeRO-3 (the folder of a step, or the one that it lies in for
+    the latest) into a model folder. A merge that was interrupted goes on when it is called again.
 
     Args:
         adapter: of a LoRA run, write the adapter alone, as peft loads it.
-        base: the base model's folder, if it moved since a LoRA run.
+        base: the base model's folder, if it moved since a LoRA run; the folder of config and tokenizer, if a checkpoint
+            of DeepSpeed's has none.
+        workers: threads; None for one a core.
     """
     from bigtune.checkpoint import merge as stage
 
+    size = stage.parse_size(max_shard_size)
     with bar("merge") as shown:
-        return stage.merge(checkpoint, output, dtype, stage.parse_size(max_shard_size), shown.advance_to, adapter, base)
+        return stage.merge(checkpoint, output, dtype, size, shown.advance_to, adapter, base, workers, _note)
 
 
-def evaluate(run: Run, model: Path) -> "Report":
+def verify(path: Path, workers: int | None = None) -> "Verdict":
+    """Read a checkpoint, all of a run's or a merged model against the checksums that were written with it.
+
+    Args:
+        workers: threads; None for one a core.
+    """
+    from bigtune.checkpoint import verify as stage
+
+    with bar("verify") as shown:
+        return stage.verify(path, workers, shown.advance_to)
+
+
+def evaluate(run: "Run", model: Path) -> "Report":
     """Score a model folder on the run's held-out rows.
 
     Raises:
@@ -145,3 +164,7 @@ def evaluate(run: Run, model: Path) -> "Report":
             run.evaluate, run.data, model, run.train.seed,
             progress=lambda stage, done, total: shown.advance_to(done, total, stage), below=below,
         )  # fmt: skip
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)

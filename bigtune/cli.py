@@ -40,6 +40,7 @@ def _example(*lines: str) -> str:
 _overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as in optim.learning_rate=1e-4."
 )
+_workers = click.option("--workers", type=click.IntRange(min=1), help="Threads. Default: one a core.")
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -131,14 +132,54 @@ def train(
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of one safetensors file.")
 @click.option("--adapter", is_flag=True, help="Of a LoRA run, the adapter alone, as peft loads it.")
-@click.option("--base", type=click.Path(path_type=Path), help="The base model's folder, if it moved since a LoRA run.")
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    help="The base model's folder, if it moved since a LoRA run, or has the config that DeepSpeed's checkpoint lacks.",
+)
+@_workers
 def merge(
-    checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str, adapter: bool, base: Path | None
+    checkpoint: Path,
+    output: Path,
+    dtype: str | None,
+    max_shard_size: str,
+    adapter: bool,
+    base: Path | None,
+    workers: int | None,
 ) -> None:
-    """Merge CHECKPOINT (a step-N folder, or a run's output folder for its latest) into a Hugging Face model."""
+    """Merge CHECKPOINT into a Hugging Face model.
+
+    CHECKPOINT is a step-N folder, or a run's output folder for its latest; or a ZeRO-3 checkpoint that DeepSpeed wrote.
+    Interrupted, the same command goes on with the files that are not finished.
+    """
     from bigtune import api
 
-    click.echo(api.merge(checkpoint, output, dtype, max_shard_size, adapter, base))
+    click.echo(api.merge(checkpoint, output, dtype, max_shard_size, adapter, base, workers))
+
+
+@main.command(epilog=_example("bigtune verify runs/gsm8k --json"))
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@_workers
+def verify(path: Path, as_json: bool, workers: int | None) -> None:
+    """Read PATH against the checksums that were written with it, and name what is missing, cut or damaged.
+
+    PATH is a step-N folder, a run's output folder for all its checkpoints, or a merged model. Exit code 1 says that it
+    is not whole.
+    """
+    from bigtune import api
+
+    found = api.verify(path, workers)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        for problem in found.problems:
+            click.echo(problem)
+        for note in found.notes:
+            click.echo(f"note: {note}")
+        click.echo(found.summary())
+    if not found.whole:
+        sys.exit(1)
 
 
 @main.command(epilog=_example("bigtune evaluate recipes/gsm8k.yaml --model models/gsm8k --json"))

@@ -353,6 +353,12 @@ class Train(Section):
         "more; none: no limit",
     )
 
+    time_limit_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="the run saves and stops before so many have passed; none: before the end of its Slurm job",
+    )
+
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
@@ -366,10 +372,31 @@ class Train(Section):
 
 
 class Checkpoint(Section):
-    """When checkpoints are written. The last step is always saved."""
+    """When checkpoints are written, and which are kept. The last step is always saved."""
 
     every_steps: int | None = Field(default=None, ge=1, description="none: at the end alone")
+    every_minutes: float | None = Field(
+        default=None, gt=0, description="after the first step that ends so long after the last save began"
+    )
+    asynchronous: bool = Field(
+        default=True, description="write beside the training, from a copy in memory; where that has no room, it waits"
+    )
     keep_last: int | None = Field(default=None, ge=1, description="older ones are removed; none: all are kept")
+    keep_every: int | None = Field(
+        default=None, ge=1, description="with keep_last: those of every so manieth step stay as well"
+    )
+    replicas: int = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="without shared storage, 1 copies each host's shards to the next: a dead host then loses nothing",
+    )
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError("keep_every goes with keep_last; without that, all checkpoints are kept")
+        return self
 
 
 class Evaluate(Section):

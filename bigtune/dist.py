@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+_own_groups: dict[int, Any] = {}
 CHILD = "BIGTUNE_CHILD"
 """Tells workers that `bigtune train` started them: it has prepared their documents and shows their errors."""
 
@@ -60,11 +62,11 @@ class World:
         return self.world_size
 
 
-def all_sum(values: Sequence[float]) -> list[float]:
+def all_sum(values: Sequence[float], group: Any = None) -> list[float]:
     """Sum numbers over all ranks, in float64: exact for counts up to 2^53."""
     from torch import distributed
 
-    return _reduced(values, distributed.ReduceOp.SUM)
+    return _reduced(values, distributed.ReduceOp.SUM, group)
 
 
 def all_max(value: float) -> float:
@@ -74,13 +76,14 @@ def all_max(value: float) -> float:
     return _reduced([value], distributed.ReduceOp.MAX)[0]
 
 
-def _reduced(values: Sequence[float], operation: Any) -> list[float]:
+def _reduced(values: Sequence[float], operation: Any, group: Any = None) -> list[float]:
     import torch
     from torch import distributed
 
-    tensor = torch.tensor(list(values), dtype=torch.float64, device=device())
+    where = device() if group is None else torch.device("cpu")  # groups of our own are gloo's
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=where)
     if distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.all_reduce(tensor, operation)
+        distributed.all_reduce(tensor, operation, group)
     return [float(value) for value in tensor.tolist()]
 
 
@@ -92,6 +95,11 @@ def from_main(value: float) -> float:
     return all_sum([value if main else 0.0])[0]
 
 
+def from_main_text(text: str, group: Any = None) -> str:
+    """Rank 0's text, on every rank."""
+    return gather(text, group)[0]
+
+
 def device() -> torch.device:
     """The device of this worker: its GPU where CUDA works, else the CPU."""
     import torch
@@ -101,15 +109,27 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def gather_texts(mine: str | None) -> list[str | None]:
-    """Every rank's text, on every rank."""
+def own_group() -> Any:
+    """A group of all ranks over gloo, for what runs beside the training; made collectively."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return None
+    world = distributed.group.WORLD
+    if id(world) not in _own_groups:
+        _own_groups[id(world)] = distributed.new_group(backend="gloo")
+    return _own_groups[id(world)]
+
+
+def gather(mine: T, group: Any = None) -> list[T]:
+    """Every rank's value, on every rank; small ones that can be pickled."""
     from torch import distributed
 
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return [mine]
-    said: list[str | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(said, mine)
-    return said
+    told: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(told, mine, group)
+    return told
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +140,7 @@ class Problem:
     text: str
 
 
-def first_problem(action: Callable[[], None], *kinds: type[Exception]) -> Problem | None:
+def first_problem(action: Callable[[], None], *kinds: type[Exception], group: Any = None) -> Problem | None:
     """Run an action that may fail on some ranks only, collectively.
 
     Returns:
@@ -131,5 +151,5 @@ def first_problem(action: Callable[[], None], *kinds: type[Exception]) -> Proble
         action()
     except kinds as error:
         mine = str(error)
-    said = gather_texts(mine)
+    said = gather(mine, group)
     return next((Problem(rank, text) for rank, text in enumerate(said) if text is not None), None)

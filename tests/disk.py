@@ -40,3 +40,15 @@ def fill(folder: Path) -> None:
 
 def _mount(*arguments: str) -> int:
     return subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """`folder` as root too may not write it: mounted on itself, read-only."""
+    if os.geteuid() != 0 or _mount("--bind", str(folder), str(folder)):
+        pytest.skip("mounting needs root, and a container that may")
+    try:
+        assert _mount("-o", "remount,ro,bind", str(folder)) == 0
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

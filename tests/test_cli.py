@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -263,9 +264,23 @@ def test_a_changed_setting_is_refused_before_any_worker_starts(chain: Chain) -> 
     assert "optim.learning_rate: 0.003 → 0.1" in line
 
 
-def test_other_ranks_are_refused_before_any_worker_starts(chain: Chain) -> None:
-    line = mistake("train", chain.run, "--ranks", "1", "--set", "train.steps=5")
-    assert line.endswith("written by 2 ranks; resuming on 1 is not supported yet; start with --ranks 2")
+def test_a_run_goes_on_on_other_ranks(chain: Chain, tmp_path: Path) -> None:
+    shutil.copytree(chain.folder / "run", tmp_path / "run")
+    done = bigtune("train", chain.run, "--ranks", "1", "--set", "train.steps=5", "--set", f"output={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {tmp_path / 'run' / 'checkpoints' / 'step-4'}" in done.stdout
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_other_settings_are_listed_and_taken_on_purpose(chain: Chain, tmp_path: Path) -> None:
+    shutil.copytree(chain.folder / "run", tmp_path / "run")
+    changed = ("train", chain.run, "--ranks", "1", "--set", "train.steps=5", "--set", f"output={tmp_path / 'run'}",
+               "--set", "optim.learning_rate=0.001")  # fmt: skip
+    line = mistake(*changed)
+    assert "holds a run with other settings (optim.learning_rate: 0.003 → 0.001); change them back, go on" in line
+    done = bigtune(*changed, "--resume", "latest")
+    assert done.returncode == 0, done.stderr
+    assert "step-4, with other settings: optim.learning_rate: 0.003 → 0.001" in done.stdout
 
 
 def test_the_form_by_hand_does_the_same(chain: Chain, base: Path, tmp_path: Path) -> None:
@@ -402,11 +417,29 @@ def test_two_runs_do_not_share_a_folder(base: Path, tmp_path: Path, start: Start
     process = train_until(start, run, 2)
     second = bigtune("train", run)
     assert second.returncode == 1
-    assert f"rank 0: output: another run is training in {tmp_path / 'run'}" in second.stderr.splitlines()[-1]
+    line = second.stderr.splitlines()[-1]
+    assert line.startswith(f"Error: output: another run is training in {tmp_path / 'run'} (process ")
+    assert f" on {socket.gethostname()}); wait for it" in line
     process.send_signal(signal.SIGHUP)  # what a lost ssh session sends
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command goes on from there" in out
+
+
+@needs_two_cores
+def test_a_save_is_made_when_asked_for(base: Path, tmp_path: Path, start: Start) -> None:
+    """By a signal to the command, which goes on to the workers; the run goes on."""
+    run = run_file(base, tmp_path, steps=100_000)
+    process = train_until(start, run, 2)
+    process.send_signal(signal.SIGUSR1)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    wait_until(lambda: (checkpoints / "latest").exists(), 30, "the checkpoint")
+    saved = (checkpoints / "latest").read_text().strip()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert bigtune("verify", checkpoints / saved).returncode == 0
+    assert (checkpoints / "latest").read_text().strip() != saved
 
 
 @needs_two_cores
@@ -420,8 +453,8 @@ def test_a_disk_that_fills_up_between_two_saves_ends_the_run_with_one_line(
         out, err = process.communicate(timeout=60)
         assert process.returncode == 1
         assert "Traceback" not in out + err
-        assert err.splitlines()[-1].startswith("Error: a worker ended")
-        assert "without a word (the disk is full?)" in err.splitlines()[-1]
+        line = err.splitlines()[-1]
+        assert "No space left on device; make room" in line or "without a word (the disk is full?)" in line
         wait_until(lambda: not processes_of(run), 5, "the end of all processes")
 
 

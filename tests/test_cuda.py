@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from bigtune.checkpoint.merge import merge
 from bigtune.data.prepare import prepare
 from bigtune.runfile import to_yaml
-from tests.checkpoint.test_save_resume_merge import whole_parameters
+from tests.checkpoint.test_merge import whole_parameters
 from tests.distributed import GPUS, run_distributed
 from tests.tiny import tiny_family, tiny_llama, tiny_model, tiny_run, write_rows
 from tests.train.test_families import EXPERTS, OWN, reference, rows, step_on_rank

@@ -10,14 +10,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from bigtune.checkpoint.manifest import Manifest
 from bigtune.config import Run
 from bigtune.dist import World
 from bigtune.errors import BigtuneError
+from bigtune.tensorfile import read_header, sums_of
 from bigtune.train.console import WorkerConsole
-from bigtune.train.signals import StopRequest
-from bigtune.train.start import find_start
+from bigtune.train.signals import Requests
 from tests.distributed import run_distributed
 from tests.tiny import tiny_run
 
@@ -36,14 +37,14 @@ class Trained:
         return tiny_run(self.folder, **{**self.settings, "output": str(output), **changes})
 
 
-class StopAfter(StopRequest):
+class StopAfter(Requests):
     """As if this worker got SIGTERM during a step; `train` asks once a step."""
 
     def __init__(self, steps: int | None) -> None:
-        self.can_wait, self._left = False, steps
+        self.can_wait, self._left, self._save = False, steps, False
 
     @property
-    def asked(self) -> bool:  # type: ignore[override]
+    def stop(self) -> bool:  # type: ignore[override]
         if self._left is None:
             return False
         self._left -= 1
@@ -73,9 +74,8 @@ def train_on_rank(
             stack.enter_context(mock.patch(name, value))
         try:
             console = WorkerConsole(run.output, world)
-            stop = StopAfter(stop_after if world.rank == world.world_size - 1 else None)  # one rank alone is asked
-            start = find_start(run, resume, new_data)
-            train(run, world, start, stop, console, time.monotonic(), new_data=new_data)
+            asked = StopAfter(stop_after if world.rank == world.world_size - 1 else None)  # one rank alone is asked
+            train(run, world, resume, asked, console, time.monotonic(), new_data=new_data)
         except BigtuneError as error:
             return f"{type(error).__name__}: {error}"
     return ""
@@ -126,3 +126,16 @@ def differing(one: Path, other: Path) -> list[str]:
         if tensor.dtype != second[name].dtype
         or not torch.equal(tensor.view(torch.uint8), second[name].view(torch.uint8))
     ]
+
+
+def reseal(folder: Path) -> None:
+    """Give a checkpoint that a test has edited a manifest that says so, as if it had been saved like that."""
+    manifest = Manifest.read(folder)
+    sums = {name: sums_of(folder / name) for name in manifest.files}
+    Manifest(manifest.id, sums, manifest.disks).write(folder)
+
+
+def save_rank_file(content: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a rank's file that a test has edited, with the id of its save."""
+    _, metadata, _ = read_header(path)
+    save_file(dict(content), path, metadata=metadata)

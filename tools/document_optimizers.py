@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bigtune.train.support import PRESETS, RESUME, TRAIN
+from bigtune.train.support import PRESETS, TRAIN
 
 HEAD = """# Optimizers, presets and schedules
 
@@ -39,7 +39,8 @@ the work (with 8 bits, but for where blocks of 256 begin).
 | `zero2` | all weights in the training precision, its share of gradients, masters and states | the model fits: no \
 weights are gathered while computing |
 
-A checkpoint of one preset is resumed with the same; a merged model is the same from each.
+A checkpoint is resumed on any number of ranks, and with another preset where `--resume` asks for it; a merged model is
+the same from each.
 
 ## The schedules
 
@@ -53,10 +54,9 @@ then equals a run that had those steps from the beginning.
 
 def document() -> str:
     """The page as Markdown."""
-    reasons = list(dict.fromkeys(cell for table in (TRAIN, RESUME) for row in table.values() for cell in row if cell))
-    tables = [_table("train, merge", TRAIN, reasons), _table("resume on", RESUME, reasons)]
-    notes = [f"{number}. {reason.format(saved='N')}" for number, reason in enumerate(reasons, 1)]
-    return HEAD + "\n".join(tables) + "\n" + "\n".join(notes) + "\n" + OPTIMIZERS
+    reasons = list(dict.fromkeys(cell for row in TRAIN.values() for cell in row if cell))
+    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return HEAD + _table("train, resume, merge", TRAIN, reasons) + "\n" + "\n".join(notes) + "\n" + OPTIMIZERS
 
 
 def _table(corner: str, rows: Mapping[str, Sequence[str]], reasons: Sequence[str]) -> str:

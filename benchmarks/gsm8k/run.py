@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from bigtune import api
-from bigtune.checkpoint.layout import latest, read_json
+from bigtune.checkpoint.folder import latest, read_json
 from bigtune.launch.local import gpus
 from bigtune.model.create import create_llama
 from bigtune.runfile import load_run

@@ -5,30 +5,18 @@
 A checkpoint holds what was trained alone. Resuming and merging read the rest from the base model's own files.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from bigtune.checkpoint.layout import read_json
+from bigtune.checkpoint.folder import read_json
 from bigtune.errors import CheckpointError, ModelError
-from bigtune.model.adapter import Adapted, Fold, is_adapter
-from bigtune.model.shards import Shards
-from bigtune.model.weights import Weights
+from bigtune.model.folds import Adapted, Fold
+
+if TYPE_CHECKING:
+    from bigtune.model.shards import Shards
 
 FILE = "adapter.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A tensor of a merged model, and what reads it whole, in a dtype."""
-
-    name: str
-    shape: tuple[int, ...]
-    read: Callable[[torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +30,8 @@ class Base:
     @classmethod
     def of(cls, path: Path, adapted: Adapted) -> "Base":
         """The model folder as it is now."""
+        from bigtune.model.shards import Shards  # imports torch
+
         return cls(path.absolute(), Shards(path).fingerprint(), adapted)
 
     def to_json(self) -> dict[str, Any]:
@@ -66,7 +56,7 @@ class Base:
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{checkpoint / FILE}: broken ({error!r}); take another step") from None
 
-    def shards(self, checkpoint: Path, now: Path | None = None) -> Shards:
+    def shards(self, checkpoint: Path, now: Path | None = None) -> "Shards":
         """The base model's tensors.
 
         Args:
@@ -75,6 +65,8 @@ class Base:
         Raises:
             CheckpointError: it is gone, or another one.
         """
+        from bigtune.model.shards import Shards  # imports torch
+
         folder = now or self.path
         try:
             shards = Shards(folder)
@@ -90,31 +82,3 @@ class Base:
                 "bring that one back, or merge with --base and the folder where it is now"
             )
         return shards
-
-
-def fold(trained: Mapping[str, Named], base: Base, weights: Weights) -> dict[str, Named]:
-    """The tensors of the merged model: those trained whole, and the base's with adapters folded in."""
-    whole = {name: tensor for name, tensor in trained.items() if not is_adapter(name)}
-    for name, shape in base.adapted.frozen.items():
-        how = base.adapted.folds.get(name)
-        pair = (trained[how.lora_a], trained[how.lora_b]) if how else None
-        whole[name] = Named(name, shape, partial(_folded, weights, name, shape, how, pair))
-    return whole
-
-
-def _folded(
-    weights: Weights,
-    name: str,
-    shape: tuple[int, ...],
-    how: Fold | None,
-    pair: tuple[Named, Named] | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """W + scale · B A, computed in float32, then cast; or the base's tensor as it is."""
-    weight = torch.empty(shape, dtype=torch.float32 if how else dtype)
-    weights.read(name, 0, weight.numel(), weight.view(-1))
-    if how and pair:
-        lora_a, lora_b = (matrix.read(torch.float32) for matrix in pair)
-        change = lora_b @ lora_a
-        weight += (change.T if how.transposed else change) * how.scale
-    return weight.to(dtype)

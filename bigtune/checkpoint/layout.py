@@ -2,6 +2,7 @@
 
     step-40/
       layout.json                        this module
+      manifest.json                      every file, with sizes and checksums
       rank-00000-of-00002.safetensors    tensors `<sub-group>.<kind>`: master, and the optimizer's states
       rank-00001-of-00002.safetensors
       trainer.json, data.json            the trainer's state and the position in the data
@@ -15,7 +16,6 @@ Every rank's file has the same tensors. A parameter lies in a window of each ran
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
@@ -24,7 +24,7 @@ from typing import Any
 
 from bigtune.errors import CheckpointError
 
-VERSION = 1
+VERSION = 2
 FILE = "layout.json"
 BUFFERS = "buffers.safetensors"
 """In model/: the tensors of the model's files that are no parameters, for the few models that have any."""
@@ -53,11 +53,12 @@ class State:
     """A kind of optimizer state: its dtype as safetensors names it, and elements that share one value.
 
     `block` is 1 for a state with a value an element, and e.g. 256 for the scales of 8-bit blocks, which are
-    counted over the flat partition.
+    counted over the flat partition. `scales` is the kind of these, for 8-bit codes.
     """
 
     dtype: str
     block: int
+    scales: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,14 @@ class Range:
     offset: int
     start: int
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of one rank's partition, and where it lies in another layout's: `count` elements from `offset`."""
+
+    offset: int
+    source: Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +119,21 @@ class Layout:
             start, end = max(0, window), min(parameter.numel, window + parameter.length)
             if start < end:
                 yield Range(rank, sub_group.index, parameter.offset + start - window, start, end - start)
+
+    def segments(self, sub_group: SubGroup, rank: int, other: "Layout") -> Iterator[Segment]:
+        """Where the elements of a rank's partition lie in another layout of the same parameters, parameter by
+        parameter; what no segment covers is padding."""
+        theirs = {parameter.name: (group, parameter) for group, parameter in other.parameters()}
+        for parameter in sub_group.parameters:
+            for mine in self.ranges(sub_group, parameter):
+                if mine.rank != rank:
+                    continue
+                for piece in other.ranges(*theirs[parameter.name]):
+                    start = max(mine.start, piece.start)
+                    count = min(mine.start + mine.count, piece.start + piece.count) - start
+                    if count > 0:
+                        source = Range(piece.rank, piece.sub_group, piece.offset + start - piece.start, start, count)
+                        yield Segment(mine.offset + start - mine.start, source)
 
     def write(self, folder: Path) -> None:
         """Write layout.json."""
@@ -153,66 +177,3 @@ def _sub_group(entry: Mapping[str, Any]) -> SubGroup:
         states={name: State(**state) for name, state in entry["states"].items()},
         scalars=entry["scalars"],
     )
-
-
-def rank_file(folder: Path, rank: int, world_size: int) -> Path:
-    """The file that one rank writes."""
-    return folder / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """The folder of one step's checkpoint."""
-    return checkpoints / f"step-{step}"
-
-
-def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
-    """One of a checkpoint's small files.
-
-    Raises:
-        CheckpointError: it is missing or broken.
-    """
-    try:
-        value = json.loads((checkpoint / name).read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-        return value
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint / name}: cannot be read ({error}); resume from another step") from None
-
-
-def point_at(folder: Path) -> None:
-    """Make a step's folder the one that `latest` names, in one step, on the disk."""
-    pointer, text = folder.parent / "latest", folder.name + "\n"
-    if pointer.is_file() and pointer.read_text(encoding="utf-8") == text:
-        return
-    aside = pointer.with_suffix(".new")
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    aside.replace(pointer)
-    sync(folder.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def latest(checkpoints: Path) -> Path | None:
-    """The newest whole checkpoint, as `latest` names it.
-
-    Raises:
-        CheckpointError: `latest` names a folder that is not there.
-    """
-    pointer = checkpoints / "latest"
-    if not pointer.is_file():
-        return None
-    folder = checkpoints / pointer.read_text(encoding="utf-8").strip()
-    if not (folder / FILE).is_file():
-        raise CheckpointError(
-            f"{pointer}: names {folder.name}, which is no checkpoint; write another step's name in it"
-        )
-    return folder

@@ -1,32 +1,39 @@
-"""A checkpoint's partitions become a Hugging Face model: sharded safetensors, config and tokenizer.
+"""A checkpoint's partitions become a Hugging Face model: sharded safetensors, config and tokenizer. Needs no torch.
 
-One output file's tensors are in memory at a time, read by byte ranges through the layout. Adapters are folded into the
-base model's tensors on the way, or written alone, as one file.
+    headers ─▶ plan of the files ─▶ are the checksums right? ─▶ each file, by byte ranges ─▶ config, manifest ─▶ rename
+
+Checkpoints of bigtune and of DeepSpeed's ZeRO-3 are merged alike. Adapters are folded into the base model's tensors on
+the way, or written alone, as one file. No tensor is in memory whole, and no code of a checkpoint ever runs.
 """
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from functools import partial
-from math import prod
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-
-from bigtune.checkpoint.base import Base, Named, fold
-from bigtune.checkpoint.layout import BUFFERS, MASTER, Layout, Parameter, SubGroup, latest, rank_file
+from bigtune.checkpoint import deepspeed, outputs
+from bigtune.checkpoint.base import Base
+from bigtune.checkpoint.folder import latest
+from bigtune.checkpoint.layout import BUFFERS
+from bigtune.checkpoint.layout import FILE as LAYOUT
+from bigtune.checkpoint.outputs import DTYPES, Files
+from bigtune.checkpoint.partial import Partial
+from bigtune.checkpoint.source import Source, of_checkpoint
+from bigtune.checkpoint.stream import AHEAD, write_outputs
+from bigtune.checkpoint.verify import INDEX, MIB, Progress, cores, find_problems
 from bigtune.errors import CheckpointError, ModelError
-from bigtune.model.adapter import is_adapter
-from bigtune.model.shards import INDEX, SINGLE, Shards
-from bigtune.model.weights import Weights
+from bigtune.model.companions import companion_files
+from bigtune.tensorfile import BrokenFileError
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHARD_BYTES = 5 * 10**9
+MOST_FILES = 8
+"""That are written at once: each has buffers of up to 24 MiB, and few disks are faster for more."""
+CONFIGS = ("config.json", "generation_config.json")
 
 
 def merge(
@@ -34,179 +41,190 @@ def merge(
     output: Path,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     adapter: bool = False,
     base: Path | None = None,
+    workers: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write the model of a checkpoint into a folder, aside first, then renamed.
+    """Write the model of a checkpoint into a folder: aside first, then renamed. What a merge that was killed has
+    finished there is kept by the next one of the same.
 
     Args:
-        checkpoint: a step-N folder, a `checkpoints` folder, or a run's output folder (then the latest).
+        checkpoint: a step-N folder, a `checkpoints` folder, or a run's output folder (then the latest); or the same of
+            DeepSpeed's.
         dtype: bfloat16, float16 or float32; None for the precision that the base model's config names, and float32
             for an adapter.
         adapter: of a LoRA run, write the adapter alone, as peft loads it, instead of the model with it folded in.
-        base: the base model's folder, if it moved since a LoRA run.
+        base: the base model's folder, if it moved since a LoRA run; of DeepSpeed's checkpoints the folder of config
+            and tokenizer, if they are not there.
+        workers: threads that read and cast, and files that are written at once; None for one a core.
+        say: is told in a line what a user should know.
 
     Returns:
         The output folder.
 
     Raises:
-        CheckpointError: no checkpoint there, a file of it is missing or broken, the output is in use, or the base
-            model of a LoRA run is gone or another.
+        CheckpointError: no checkpoint there, a file of it is missing or damaged, the output is in use or cannot be
+            written, or the base model of a LoRA run is gone or another.
     """
-    checkpoint = find_checkpoint(checkpoint)
-    layout = Layout.read(checkpoint)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists and is not empty; give another --output or remove it")
-    config = _config(checkpoint / "model" / "config.json")
-    lora = Base.read(checkpoint)
-    if lora is None and any(is_adapter(parameter.name) for _, parameter in layout.parameters()):
-        raise CheckpointError(f"{checkpoint}: holds adapters, but lacks adapter.json; merge another step")
-    if adapter and lora is None:
-        raise CheckpointError(f"--adapter: {checkpoint} is of a run without adapter, which trained the whole model")
-    name = dtype or ("float32" if adapter else config.get("dtype") or config.get("torch_dtype") or layout.dtype)
-    if name not in DTYPES:
-        raise CheckpointError(f"--dtype {name}: give {', '.join(DTYPES)}")
-    shards = lora.shards(checkpoint, base) if lora and not adapter else None
-    aside = output.with_name(output.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        shutil.copytree(checkpoint / "model", aside)
-        tensors = _trained(checkpoint, layout)
-        if lora and adapter:
-            _write_adapter(tensors, lora, aside, DTYPES[name])
-        else:
-            (aside / "config.json").write_text(json.dumps(config | {"dtype": name}, indent=2) + "\n")
-            whole = fold(tensors, lora, _weights(shards, lora, layout)) if lora and shards else tensors
-            _write_weights(whole, layout, aside, DTYPES[name], shard_bytes, progress)
-        if output.exists():
-            output.rmdir()
-        aside.rename(output)
-    except (OSError, SafetensorError, ModelError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        source = find_source(checkpoint)
+        plan = _plan(source, dtype, shard_bytes, adapter, base, say)
+        _refuse_damaged(source, workers, progress)
+        with Partial(output.absolute(), plan.made_of) as partial:
+            partial.keep_finished(workers, progress)
+            if partial.finished:
+                say(f"{partial.folder}: goes on from {len(partial.finished)} of {len(plan.files)} files")
+            try:
+                _write(partial, plan.files, workers or cores(), progress)
+                partial.complete(plan.texts, plan.files)
+            except (OSError, BrokenFileError) as error:
+                kept = f"{len(partial.finished)} of {len(plan.files)} files are finished and stay in {partial.folder}"
+                mend = f"; {kept}; the same command goes on from them" if partial.finished else ""
+                raise CheckpointError(f"{source.folder}: could not be merged into {output}: {error}{mend}") from None
+    except (OSError, ModelError) as error:
         raise CheckpointError(f"{checkpoint}: could not be merged into {output}: {error}") from None
     return output
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The step folder that a path means.
+def find_source(path: Path) -> Source:
+    """The checkpoint that a path means, of bigtune's or of DeepSpeed's.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is not whole.
     """
     for folder in (path, path / "checkpoints"):
-        if (folder / "layout.json").is_file():
-            return folder
-        found = latest(folder)
+        found = folder if (folder / LAYOUT).is_file() else _latest_of_bigtune(folder)
         if found is not None:
-            return found
+            return of_checkpoint(found)
+    theirs = deepspeed.find(path)
+    if theirs is not None:
+        return deepspeed.of_deepspeed(theirs)
     raise CheckpointError(f"{path.absolute()}: no checkpoint here; give a step-N folder or a run's output folder")
 
 
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); copy it from the base model") from None
+def _latest_of_bigtune(folder: Path) -> Path | None:
+    """The step that `latest` names, unless that is of DeepSpeed's."""
+    return None if deepspeed.find(folder) is not None else latest(folder)
 
 
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise SafetensorError(f"{path.name}: {error}") from None
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The files of a model to be, what they are made of, and the small ones' content by their paths."""
+
+    files: Files
+    made_of: str
+    texts: dict[str, bytes]
 
 
-def _trained(checkpoint: Path, layout: Layout) -> dict[str, Named]:
-    """The parameters of a checkpoint, by name."""
-    files = [_open(rank_file(checkpoint, rank, layout.world_size)) for rank in range(layout.world_size)]
-    return {
-        parameter.name: Named(parameter.name, parameter.shape, partial(_whole, files, layout, sub_group, parameter))
-        for sub_group, parameter in layout.parameters()
-    }
-
-
-def _weights(shards: Shards, lora: Base, layout: Layout) -> Weights:
-    """The base model's own values, as they lie in its files."""
-    return Weights(shards, {name: tuple(layout.joined.get(name, (name,))) for name in lora.adapted.frozen})
-
-
-def _write_weights(
-    tensors: Mapping[str, Named],
-    layout: Layout,
-    folder: Path,
-    dtype: torch.dtype,
+def _plan(
+    source: Source,
+    dtype: str | None,
     shard_bytes: int,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    shards = _split(tensors, dtype, shard_bytes)
-    buffers = load_file(folder / BUFFERS) if (folder / BUFFERS).exists() else {}
-    (folder / BUFFERS).unlink(missing_ok=True)
-    weight_map: dict[str, str] = {}
-    done = size = 0
-    for number, shard in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        read, buffers = buffers, {}  # into the first file
-        for tensor in shard:
-            read |= _as_in_files(tensor, layout, dtype)
-            done += 1
+    adapter: bool,
+    base: Path | None,
+    say: Callable[[str], None],
+) -> _Plan:
+    lora = Base.read(source.folder) if source.manifest else None
+    if adapter and lora is None:
+        raise CheckpointError(f"--adapter: {source.folder} is of a run without adapter, which trained the whole model")
+    texts, config = _companions(source, base)
+    name = dtype or ("float32" if adapter else config.get("dtype") or config.get("torch_dtype") or source.dtype)
+    if name not in DTYPES:
+        raise CheckpointError(f"--dtype {name}: give {', '.join(DTYPES)}")
+    if lora and adapter:
+        files: Files = {outputs.ADAPTER: outputs.adapter_alone(source, DTYPES[name])}
+        texts = {path: content for path, content in texts.items() if path not in CONFIGS}
+        told = {**lora.adapted.config, "base_model_name_or_path": str(lora.path)}
+        texts["adapter_config.json"] = _json(told)
+        return _Plan(files, outputs.fingerprint(source, lora, files), texts)
+    if lora:
+        tensors = outputs.folded_model(source, lora, lora.shards(source.folder, base), DTYPES[name])
+    else:
+        tensors = outputs.whole_model(source, DTYPES[name])
+    files = outputs.split(tensors, shard_bytes, source.carried.values())
+    if config:
+        keys = ["dtype", *(["torch_dtype"] if "torch_dtype" in config else [])]
+        texts["config.json"] = _json(config | dict.fromkeys(keys, name))
+    else:
+        say(f"{source.folder}: has no config.json: the weights are merged alone; --base FOLDER gives one")
+    if len(files) > 1:
+        texts[INDEX] = outputs.index_of(files).encode()
+    return _Plan(files, outputs.fingerprint(source, lora, files), texts)
+
+
+def _companions(source: Source, base: Path | None) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The small files of a model by name, and its config; both empty where there are none."""
+    if source.manifest and source.model:
+        within = f"{source.model.name}/"
+        names = [name.removeprefix(within) for name in source.manifest.files if name.startswith(within)]
+        paths = {name: source.model / name for name in names if name != BUFFERS}
+    else:
+        folder = source.model or base
+        paths = companion_files(folder) if folder else {}
+        if folder and not paths:
+            raise CheckpointError(f"{folder}: has no config.json; give the model's folder as --base")
+    texts = {name: path.read_bytes() for name, path in paths.items()}
+    if not texts:
+        return {}, {}
+    try:
+        return texts, dict(json.loads(texts["config.json"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{source.model or base}: no config.json that can be read ({error!r}); copy it from the base model"
+        ) from None
+
+
+def _json(tree: object) -> bytes:
+    return (json.dumps(tree, indent=2) + "\n").encode()
+
+
+def _refuse_damaged(source: Source, workers: int | None, progress: Progress | None) -> None:
+    """Read all that is to be merged, where there are checksums; what is read again is in memory still, if it fits."""
+    if source.manifest is None:
+        return
+    problems = find_problems(source.folder, source.manifest, source.used, workers, progress)
+    if problems:
+        more = f" ({len(problems)} problems, `bigtune verify` lists them)" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f"{source.folder}: {problems[0].file} {problems[0].what}{more}; nothing is merged; take another step"
+        )
+
+
+def _write(partial: Partial, files: Files, workers: int, progress: Progress | None) -> None:
+    """Write what is not finished yet, several files at once."""
+    missing = {name: tensors for name, tensors in files.items() if name not in partial.finished}
+    total = sum(output.nbytes for tensors in missing.values() for output in tensors)
+    free = shutil.disk_usage(partial.folder).free
+    if total > free:
+        raise OSError(f"{total / 2**30:.2f} GiB are to be written, {free / 2**30:.2f} GiB are free; make room")
+    stop, lock, done = threading.Event(), threading.Lock(), 0
+
+    def written(count: int) -> None:
+        nonlocal done
+        if stop.is_set():
+            raise InterruptedError("another file could not be written")
+        with lock:
+            done += count
             if progress:
-                progress(done, len(tensors))
-        weight_map |= dict.fromkeys(read, name)
-        size += sum(tensor.nbytes for tensor in read.values())
-        _save(read, folder / name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+                progress(done // MIB, total // MIB, "MiB written")
 
+    def write(name: str) -> None:
+        partial.add(name, write_outputs(partial.folder / name, missing[name], readers, written))
 
-def _write_adapter(tensors: Mapping[str, Named], lora: Base, folder: Path, dtype: torch.dtype) -> None:
-    """As `peft.PeftModel.from_pretrained` reads it; such a folder has no config of a model."""
-    for name in ("config.json", "generation_config.json"):
-        (folder / name).unlink(missing_ok=True)
-    _save(
-        {f"base_model.model.{name}": tensor.read(dtype) for name, tensor in tensors.items()},
-        folder / "adapter_model.safetensors",
-    )
-    config = {**lora.adapted.config, "base_model_name_or_path": str(lora.path)}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _split(tensors: Mapping[str, Named], dtype: torch.dtype, shard_bytes: int) -> list[list[Named]]:
-    """Tensors in the order of their names, cut into files of at most `shard_bytes` where one fits."""
-    shards: list[list[Named]] = []
-    room = 0
-    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.name):
-        size = prod(tensor.shape) * dtype.itemsize
-        if not shards or size > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(tensor)
-        room -= size
-    return shards
-
-
-def _whole(
-    files: list[safe_open], layout: Layout, sub_group: SubGroup, parameter: Parameter, dtype: torch.dtype
-) -> torch.Tensor:
-    flat = torch.empty(parameter.numel, dtype=dtype)
-    for piece in layout.ranges(sub_group, parameter):
-        source = files[piece.rank].get_slice(f"{piece.sub_group}.{MASTER}")
-        flat[piece.start : piece.start + piece.count] = source[piece.offset : piece.offset + piece.count]
-    return flat.view(parameter.shape)
-
-
-def _as_in_files(tensor: Named, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A tensor as the base model's files hold it: whole, or in pieces under names of their own."""
-    pieces = layout.joined.get(tensor.name, {tensor.name: tensor.shape})
-    parts = tensor.read(dtype).flatten().split([prod(shape) for shape in pieces.values()])
-    return {name: part.view(shape) for part, (name, shape) in zip(parts, pieces.items(), strict=True)}
+    writing = min(workers, MOST_FILES)
+    with ThreadPoolExecutor(min(workers, writing * AHEAD)) as readers, ThreadPoolExecutor(writing) as writers:
+        tasks = [writers.submit(write, name) for name in missing]
+        try:
+            for task in as_completed(tasks):
+                task.result()
+        finally:  # the first that fails ends all
+            stop.set()
+            for task in tasks:
+                task.cancel()
 
 
 def parse_size(text: str) -> int:

@@ -69,7 +69,7 @@ def launch(ranks: int, worker_arguments: Sequence[str], output: Path) -> bool:
     """Run `bigtune.train` on `ranks` workers, whose documents are prepared, and wait.
 
     Returns:
-        True, or False if the run was interrupted and the workers saved and left.
+        True, or False if the run was interrupted, or left before its time limit: the workers have saved then.
 
     Raises:
         LaunchError: a worker failed; the message is that of the rank that failed first.
@@ -91,21 +91,20 @@ def launch(ranks: int, worker_arguments: Sequence[str], output: Path) -> bool:
         interrupted.watch(process)
         code = process.wait()
     if code == 0:
-        return not interrupted.count
-    # Before its first step a worker that is asked to stop ends at once, with STOPPED or by the signal; the others
-    # may then miss it in a collective.
+        return True  # also where it was interrupted in its last step
+    if code == STOPPED:
+        return False
+    # Before its first step a worker that is asked to stop ends at once, by the signal perhaps; the others may then miss
+    # it in a collective.
     if interrupted.count and (
-        interrupted.count > 1
-        or code == STOPPED
-        or _signal(code) == signal.SIGTERM
-        or (code == 1 and not _causes(output))
+        interrupted.count > 1 or _signal(code) == signal.SIGTERM or (code == 1 and not _causes(output))
     ):
         return False
     raise LaunchError(_first_error(output, code))
 
 
 class _Interrupts:
-    """Passes interruptions on: first as a request to the workers, then as SIGKILL.
+    """Passes interruptions on: first as a request to the workers, then as SIGKILL; and requests for a save.
 
     SIGHUP is one, since an ssh session that is lost sends it. Only the main thread gets signals; started from
     another, a run is interrupted through its workers.
@@ -120,6 +119,7 @@ class _Interrupts:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 self._before[number] = signal.signal(number, self._handle)
+            self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._ask_for_save)
         return self
 
     def watch(self, process: "subprocess.Popen[bytes]") -> None:
@@ -143,12 +143,19 @@ class _Interrupts:
             return
         with suppress(OSError):  # a terminal that is gone
             print("\nstopping: the workers finish their step and save; again to end them at once", file=sys.stderr)
-        workers = [child for child in _children(self.process.pid) if _is_worker(child)]
+        if not self._tell_workers(signal.SIGTERM):  # not started yet
+            self.process.terminate()
+
+    def _ask_for_save(self, number: int, frame: FrameType | None) -> None:
+        self._tell_workers(signal.SIGUSR1)
+
+    def _tell_workers(self, number: int) -> bool:
+        """Send a signal to the workers, and say whether there are any."""
+        workers = [child for child in _children(self.process.pid) if _is_worker(child)] if self.process else []
         for worker in workers:
             with suppress(psutil.NoSuchProcess):
-                worker.send_signal(signal.SIGTERM)
-        if not workers:  # not started yet
-            self.process.terminate()
+                worker.send_signal(number)
+        return bool(workers)
 
     def _end(self) -> None:
         assert self.process is not None

@@ -7,8 +7,7 @@ layer keeps its name, and adapters are `….q_proj.lora_A.weight` and `….q_pro
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,41 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from bigtune.config import Adapter
 from bigtune.errors import ConfigError
+from bigtune.model.folds import Adapted, Fold
 
 _WRAPPERS = re.compile(r"\.base_layer(?=\.)|(?<=\.lora_[AB])\.default(?=\.)")
-
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """How one weight becomes that of the merged layer: plus scale · B A, transposed where it is kept [in, out]."""
-
-    lora_a: str
-    lora_b: str
-    scale: float
-    transposed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Adapted:
-    """What training put into a model.
-
-    `folds` are by the name of the base layer's weight; `frozen` are the shapes of what is not trained, by name;
-    `config` is peft's adapter_config.json, but for the base model's path.
-    """
-
-    folds: Mapping[str, Fold]
-    frozen: Mapping[str, tuple[int, ...]]
-    config: Mapping[str, Any]
 
 
 def plain_name(name: str) -> str:
     """The name of a parameter as files have it, without what peft's modules put in."""
     return _WRAPPERS.sub("", name)
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a plain name is that of an adapter's matrix."""
-    return name.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
 def add_adapters(model: PreTrainedModel, adapter: Adapter, train_embeddings: bool) -> Adapted:

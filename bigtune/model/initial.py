@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bigtune.model.adapter import is_adapter, plain_name
+from bigtune.errors import ModelError
+from bigtune.model.adapter import plain_name
+from bigtune.model.folds import is_adapter
 from bigtune.model.weights import Weights
 
 NOISE = 0.01
@@ -28,10 +30,19 @@ class Initial:
 
         Args:
             new_rows: rows of the embeddings that belong to new tokens; those beyond the files' are all among them.
+
+        Raises:
+            ModelError: they are not: the config beside the files promises more rows than there are.
         """
         self._weights, self._seed, self._rows = weights, seed, new_rows
         self._shapes = {plain_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._grown = vocabulary_parameters(model) if new_rows else frozenset()
+        for name in self._grown:
+            if weights.rows(name) < new_rows.start:
+                raise ModelError(
+                    f"{weights.shards.folder}: tensor {name} has {weights.rows(name)} rows, fewer than vocab_size of "
+                    "its config.json; give the one that belongs to the files"
+                )
 
     def read(self, name: str, start: int, count: int, out: torch.Tensor) -> None:
         """Fill `out[:count]` with elements start … start + count of a parameter."""

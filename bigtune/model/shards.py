@@ -1,50 +1,52 @@
-"""Byte ranges of tensors in a folder of safetensors files.
-
-The format (https://huggingface.co/docs/safetensors): 8 bytes of header length, a JSON header that gives each
-tensor's dtype, shape and byte range, then the bytes. Ranges are read with `preadv` straight into the tensor
-that is to hold them; a memory map's pages would count as memory held.
-"""
+"""The tensors of a model folder, read by byte ranges of its safetensors files."""
 
 import hashlib
 import json
-import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from bigtune.errors import ModelError
+from bigtune.tensorfile import BYTES, PIECE_BYTES, BrokenFileError, Place, read_header, read_into
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SAMPLES, SAMPLE_BYTES = 16, 4096
 """Of each file, in its fingerprint."""
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlace:
-    """Where one tensor's elements lie. `offset` is in bytes from the start of the file."""
-
-    path: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+SHOWN = 3
+"""Names in a message about many."""
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "U8": torch.uint8}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""The dtypes that bigtune reads and writes, by the format's names of them."""
+WEIGHTS = frozenset(name for name, dtype in DTYPES.items() if dtype.is_floating_point)
+"""Those that a model's weights may have."""
 
 
 class Shards:
-    """The tensors of a model folder, by name."""
+    """The tensors of a model folder, by name, of whatever dtype."""
 
     def __init__(self, folder: Path) -> None:
         """Read the headers of all files; no tensor is read.
 
         Raises:
-            ModelError: no safetensors files, a missing or truncated one, or an unreadable header.
+            ModelError: no safetensors files, a missing or truncated one, an unreadable header, or an index that lies.
         """
         self.folder = folder
-        self.places: dict[str, TensorPlace] = {}
-        for path in _files(folder):
-            self.places.update(_header(path))
+        self.places: dict[str, Place] = {}
+        paths, index = _files(folder)
+        for path in paths:
+            try:
+                places, _, _ = read_header(path)
+            except (OSError, BrokenFileError) as error:
+                raise ModelError(f"{path}: broken safetensors file ({error}); copy or download it again") from None
+            lacking = [name for name, where in index.items() if where == path and name not in places]
+            if lacking:
+                raise ModelError(
+                    f"{folder / INDEX}: places {named(lacking)} in {path.name}, which holds no such tensor; "
+                    "download the model again"
+                )
+            self.places |= {name: place for name, place in places.items() if index.get(name, path) == path}
 
     def fingerprint(self) -> str:
         """A hash of the files' sizes and headers, and of samples of what is in them: it tells a model from another of
@@ -61,61 +63,62 @@ class Shards:
         return total.hexdigest()
 
     def read(self, name: str, start: int, count: int, out: torch.Tensor) -> None:
-        """Fill `out[:count]` with elements start … start + count of a tensor, flattened, cast to its dtype."""
+        """Fill `out[:count]` with elements start … start + count of a tensor, flattened, cast to its dtype.
+
+        Raises:
+            ModelError: the file was cut meanwhile.
+        """
         place = self.places[name]
-        exact = out.dtype == place.dtype and out.device.type == "cpu"
-        target = out[:count] if exact else torch.empty(count, dtype=place.dtype)
-        _read_into(place.path, place.offset + start * place.dtype.itemsize, target)
-        if not exact:
-            out[:count].copy_(target)
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
         try:
-            names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: not a safetensors index ({error}); download the model again") from None
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ModelError(f"{folder}: the index names files that are missing: {', '.join(missing)}")
-        return [folder / name for name in names]
+            read_range(place, start, out[:count])
+        except (OSError, BrokenFileError) as error:
+            raise ModelError(f"{place.path}: {error}; copy or download it again") from None
+
+
+def read_range(place: Place, start: int, out: torch.Tensor) -> None:
+    """Fill a tensor with the elements from `start` of a file's tensor, cast to its dtype, wherever it is.
+
+    Raises:
+        BrokenFileError: the file ends before.
+        OSError: it cannot be read.
+    """
+    dtype, size = DTYPES[place.dtype], BYTES[place.dtype]
+    if out.dtype == dtype and out.device.type == "cpu":
+        read_into(place.path, place.offset + start * size, memory_of(out))
+        return
+    for part in out.split(PIECE_BYTES // size):
+        read = torch.empty(part.numel(), dtype=dtype)
+        read_into(place.path, place.offset + start * size, memory_of(read))
+        part.copy_(read)
+        start += part.numel()
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a flat tensor in the host's memory."""
+    return memoryview(tensor.view(torch.uint8).numpy().data)
+
+
+def named(names: Sequence[str]) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+
+
+def _files(folder: Path) -> tuple[list[Path], Mapping[str, Path]]:
+    """The files of a folder, and where its index, if there is one, says that each tensor is.
+
+    Where there is a single file as well, that is the model, as for transformers.
+    """
+    index = folder / INDEX
     if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    raise ModelError(f"{folder.absolute()}: no {INDEX} and no {SINGLE}; bigtune loads safetensors only")
-
-
-def _header(path: Path) -> dict[str, TensorPlace]:
-    size = path.stat().st_size
+        return [folder / SINGLE], {}
+    if not index.is_file():
+        raise ModelError(f"{folder.absolute()}: no {INDEX} and no {SINGLE}; bigtune loads safetensors only")
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size, 100_000_000):
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        places = {}
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            if 8 + length + end > size:
-                raise ValueError(f"it ends before tensor {name} does")
-            if entry["dtype"] in DTYPES:
-                places[name] = TensorPlace(path, 8 + length + start, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: broken safetensors file ({error}); copy or download it again") from None
-    return places
-
-
-def _read_into(path: Path, offset: int, target: torch.Tensor) -> None:
-    view = memoryview(target.view(torch.uint8).numpy().data)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        done = 0
-        while done < len(view):
-            read = os.preadv(descriptor, [view[done:]], offset + done)
-            if read == 0:
-                raise ModelError(f"{path}: the file ends in the middle of a tensor; copy or download it again")
-            done += read
-    finally:
-        os.close(descriptor)
+        names = {str(tensor): str(name) for tensor, name in json.loads(index.read_text())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index}: not a safetensors index ({error}); download the model again") from None
+    files = sorted(set(names.values()))
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{folder}: the index names files that are missing: {named(missing)}; download them")
+    return [folder / name for name in files], {tensor: folder / name for tensor, name in names.items()}

@@ -19,19 +19,10 @@ from filelock import FileLock
 from bigtune.config import Model
 from bigtune.data.chat import check_vocabulary, load_tokenizer
 from bigtune.errors import ModelError
+from bigtune.model.companions import companion_files as companion_files  # saving takes it from here
 
 FOLDER = "tokenizer"
 FACTS = "new_tokens.json"
-
-COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "vocab.*", "merges.txt", "tekken.json", "spiece.model",
-)  # fmt: skip
-
-
-def companion_files(folder: Path) -> dict[str, Path]:
-    """What makes a model of the weights, by name: config, generation config, tokenizer, chat template."""
-    return {path.name: path for pattern in COMPANIONS for path in sorted(folder.glob(pattern)) if path.is_file()}
 
 
 @dataclass(frozen=True, slots=True)

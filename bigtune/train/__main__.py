@@ -7,21 +7,20 @@ Cores and threads are set before torch is imported; that is why imports stand wh
 import os
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 BEGAN = time.monotonic()
 
 import click  # noqa: E402
-from filelock import FileLock, Timeout  # noqa: E402
 
 from bigtune.config import Run  # noqa: E402
 from bigtune.dist import CHILD, World  # noqa: E402
-from bigtune.errors import BigtuneError, LaunchError  # noqa: E402
+from bigtune.errors import BigtuneError  # noqa: E402
 from bigtune.process import end_with_parent  # noqa: E402
 from bigtune.runfile import load_run  # noqa: E402
 from bigtune.train.console import WorkerConsole  # noqa: E402
 from bigtune.train.cores import bind  # noqa: E402
-from bigtune.train.signals import StopRequest  # noqa: E402
+from bigtune.train.signals import STOPPED, Requests  # noqa: E402
 
 
 @click.command()
@@ -32,7 +31,7 @@ from bigtune.train.signals import StopRequest  # noqa: E402
 @click.option("--local_rank", type=int, default=None, hidden=True, help="given by DeepSpeed's launcher")
 def main(run_file: str, overrides: tuple[str, ...], resume: str | None, new_data: bool, local_rank: int | None) -> None:
     """Train RUN_FILE on this rank. Start it through a launcher."""
-    stop = StopRequest()
+    requests = Requests()
     end_with_parent()
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
@@ -45,7 +44,7 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, new_data
         sys.exit(f"Error: {error}" if world.is_main else 1)
     code = 0
     try:
-        _work(run, world, resume, new_data, stop, console)
+        code = _work(run, world, resume, new_data, requests, console)
     except BaseException as error:
         console.fail(error)
         code = 1
@@ -58,40 +57,43 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, new_data
 
 
 def _work(
-    run: Run, world: World, resume: str | None, new_data: bool, stop: StopRequest, console: WorkerConsole
-) -> None:
+    run: Run, world: World, resume: str | None, new_data: bool, requests: Requests, console: WorkerConsole
+) -> int:
     from bigtune.data.prepare import prepare
     from bigtune.model.vocabulary import vocabulary_of
-    from bigtune.train.ds_config import read_preset
-    from bigtune.train.ops import ensure_ops, load_ops, needed_ops
+    from bigtune.train.lock import RunLock
     from bigtune.train.start import documents_of, find_start
 
-    lock = FileLock(run.output / "train.lock")  # the system frees it with this process
-    try:
-        if world.is_main:
-            lock.acquire(timeout=0)
-    except Timeout:
-        raise LaunchError(f"output: another run is training in {run.output}; wait for it, or give another") from None
-    start = find_start(run, resume, new_data)
-    if CHILD not in os.environ and not run.data.stream:  # the first rank works, the others wait
-        keep = None if new_data else documents_of(start)
-        model_path = vocabulary_of(run.model, run.output).folder
-        manifest = prepare(run.data, model_path, run.store, keep=keep, held_out=run.held_out)
-        console.say(manifest.summary())
+    with RunLock(run.output) if world.is_main else nullcontext():
+        if CHILD not in os.environ and not run.data.stream:  # the first rank works, the others wait
+            keep = None if new_data else documents_of(find_start(run, resume, new_data))
+            model_path = vocabulary_of(run.model, run.output).folder
+            manifest = prepare(run.data, model_path, run.store, keep=keep, held_out=run.held_out)
+            console.say(manifest.summary())
+        return _train(run, world, resume, new_data, requests, console)
+
+
+def _train(
+    run: Run, world: World, resume: str | None, new_data: bool, requests: Requests, console: WorkerConsole
+) -> int:
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a search and a warning
+    from bigtune.train.ds_config import read_preset
     from bigtune.train.engine import connect
     from bigtune.train.loop import train
+    from bigtune.train.ops import ensure_ops, load_ops, needed_ops
 
     ops = needed_ops(read_preset(run.deepspeed), run.optim)
     cpu_adam = ensure_ops(ops, console.say)
     if cpu_adam:
         load_ops(ops)
     connect(world)
-    train(run, world, start, stop, console, BEGAN, cpu_adam, new_data)
+    done = train(run, world, resume, requests, console, BEGAN, cpu_adam, new_data)
+    torch.distributed.barrier()  # whoever leaves before the end has the others ended
     torch.distributed.destroy_process_group()
+    return 0 if done else STOPPED
 
 
 if __name__ == "__main__":

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from bigtune import dist
-from bigtune.checkpoint.layout import point_at, read_json
-from bigtune.checkpoint.save import to_json
+from bigtune.checkpoint.disks import Disks
+from bigtune.checkpoint.folder import clear_remains, point_at, read_json, to_json
 from bigtune.config import Run, Train
 from bigtune.data.rows import Position, Rows
 from bigtune.data.stream import RowStream, steps_of
 from bigtune.dist import World
 from bigtune.errors import CheckpointError, DataError
 from bigtune.model.load import read_config
+from bigtune.model.shards import named
 from bigtune.model.vocabulary import Vocabulary, vocabulary_of
 from bigtune.runfile import to_yaml
 from bigtune.train.console import WorkerConsole
@@ -29,6 +30,7 @@ from bigtune.train.fit import check_fit
 from bigtune.train.precision import measure_precision
 from bigtune.train.probe import prove
 from bigtune.train.saving import Progress
+from bigtune.train.start import changes_since
 from bigtune.train.state import restore
 from bigtune.train.support import check
 
@@ -36,8 +38,10 @@ from bigtune.train.support import check
 def begin(
     run: Run,
     world: World,
+    disks: Disks,
     rows: Rows,
     start: Path | None,
+    resume: str | None,
     console: WorkerConsole,
     cpu_adam: bool = False,
     new_data: bool = False,
@@ -46,28 +50,47 @@ def begin(
 
     Args:
         start: the checkpoint to go on from, if any.
+        resume: how the user named it, if he did.
         cpu_adam: whether DeepSpeed's own Adam is built.
         new_data: go on with other documents than the checkpoint's, from the next epoch on.
 
     Raises:
         BigtuneError: the model, the documents, the settings or the checkpoint do not fit each other.
     """
+    changes = changes_since(run, start, resume is not None, new_data) if start else []
     progress = _read_progress(start, rows, run.train, new_data, console) if start else Progress()
     steps = _last_step(run.train, rows, progress)
     precision = _precision(run.train, start)
     vocabulary = vocabulary_of(run.model, run.output)
-    ds_config = _settle(run, vocabulary, start, precision, rows, world)
+    ds_config = _settle(run, vocabulary, precision, rows, world)
     console.say(_headline(run, world, steps, precision, rows))
     engine = _engine(run, vocabulary, ds_config, precision, world, cpu_adam)
     for addition in _additions(engine, vocabulary):
         console.say(addition)
     prove(engine, rows.longest()[0], console.say)
+    writes = disks.writer[world.rank] == world.rank
     if start:
-        restore(engine, start)
-        console.say(f"going on from {start}")
-        if world.is_main and start.parent == console.output / "checkpoints":
+        moved = restore(engine, start, disks, dist.own_group())
+        console.say(_going_on(start, moved, changes))
+        if writes and start.parent == console.output / "checkpoints":
             point_at(start)  # where it goes back to an earlier step, the later ones are no longer this run's
+    if writes:
+        clear_remains(run.output / "checkpoints")
+    if not disks.shared:
+        console.say(_who_holds_what(disks, run.checkpoint.replicas))
     return engine, progress, steps
+
+
+def _going_on(start: Path, moved: int, changes: list[str]) -> str:
+    brought = f", of which {moved / 2**30:.2f} GiB came from other hosts" if moved else ""
+    return f"going on from {start}{brought}" + (f", with other settings: {'; '.join(changes)}" if changes else "")
+
+
+def _who_holds_what(disks: Disks, replicas: int) -> str:
+    hosts = f"checkpoint: {len(disks.names)} hosts without shared storage, each with its ranks' shards"
+    if replicas:
+        return f"{hosts} and a neighbour's"
+    return f"{hosts} alone: a host that dies takes them with it; checkpoint.replicas: 1 copies them to a neighbour"
 
 
 def _read_progress(start: Path, rows: Rows, section: Train, new_data: bool, console: WorkerConsole) -> Progress:
@@ -117,12 +140,10 @@ def _precision(section: Train, start: Path | None) -> str:
     return "bfloat16" if dist.from_main(float(fast)) else "float32"
 
 
-def _settle(
-    run: Run, vocabulary: Vocabulary, start: Path | None, precision: str, rows: Rows, world: World
-) -> dict[str, Any]:
+def _settle(run: Run, vocabulary: Vocabulary, precision: str, rows: Rows, world: World) -> dict[str, Any]:
     """The DeepSpeed configuration of a run whose parts go together; written down beside the run file."""
     preset = read_preset(run.deepspeed)
-    check(run, preset, start, world.world_size)
+    check(run, preset)
     model_config = read_config(vocabulary.folder)
     check_fit(model_config, rows)
     ds_config = complete(preset, run, precision, model_config.hidden_size)
@@ -153,10 +174,15 @@ def _engine(
 
 
 def _additions(engine: Engine, vocabulary: Vocabulary) -> Iterator[str]:
-    """What the run adds to the model, for the head of a run."""
+    """What the run adds to the model, or leaves out of it, for the head of a run."""
     if engine.adapted:
         trained, whole = engine.sizes()
         layers = len(engine.adapted.folds)
         yield f"adapter: on {layers:,} layers; {trained:,} of {whole:,} parameters ({trained / whole:.2%}) are trained"
     if vocabulary.new_rows:
         yield f"new tokens: {len(vocabulary.new_rows)}, rows {vocabulary.new_rows.start:,} on of the embeddings"
+    if engine.unexpected:
+        yield (
+            f"not in the model: {len(engine.unexpected):,} of the tensors in its files, which are neither trained nor "
+            f"in the merged model: {named(engine.unexpected)}"
+        )

@@ -27,7 +27,7 @@ from bigtune.model.initial import Initial, vocabulary_parameters
 from bigtune.model.load import EXACT, materialise_buffers, skeleton
 from bigtune.model.recompute import checkpoint_activations
 from bigtune.model.vocabulary import Vocabulary
-from bigtune.model.weights import Weights
+from bigtune.model.weights import Weights, tied_names
 from bigtune.train import zero2, zero3
 from bigtune.train.objective import Asked, Objective
 from bigtune.train.optim import build_optimizer, parameter_groups
@@ -93,7 +93,8 @@ class Engine:
         vocabulary = vocabulary or Vocabulary(model_path)
         model = skeleton(vocabulary.folder, dtype)
         weights = Weights.of(model, model_path, vocabulary_parameters(model) if vocabulary.new_rows else ())
-        self.tied, self.joined, self.saved_buffers = _tied_names(model), weights.joined, weights.saved_buffers()
+        self.tied, self.joined, self.saved_buffers = tied_names(model), weights.joined, weights.saved_buffers()
+        self.unexpected = weights.unexpected
         materialise_buffers(model, weights, device())  # while the parameters have their shapes
         self.adapted = add_adapters(model, adapter, bool(vocabulary.new_rows)) if adapter else None
         initial = Initial(model, weights, seed, vocabulary.new_rows)
@@ -213,16 +214,6 @@ class Engine:
     def refresh(self) -> None:
         """Make the model compute with the master values, after they were overwritten."""
         self._stage.refresh(self._optimizer)
-
-
-def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Further names of parameters that several modules share: name → the name that is kept."""
-    first: dict[int, str] = {}
-    tied = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            tied[name] = first[id(parameter)]
-    return tied
 
 
 def _gather_whole_layers(model: PreTrainedModel, stage: Any) -> None:

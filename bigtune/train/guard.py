@@ -64,7 +64,7 @@ class NonFinite:
         """Why the run stops, collectively: names the rows whose loss was not finite, or all of the step's."""
         bad = [row for loss, rows in zip(losses, batches, strict=True) for row in rows if not math.isfinite(loss)]
         every = [row for rows in batches for row in rows]
-        told = dist.gather_texts((self._places(bad) if bad else "") + "\n" + self._places(every))
+        told = dist.gather((self._places(bad) if bad else "") + "\n" + self._places(every))
         by_loss, by_step = zip(*((text or "\n").split("\n") for text in told), strict=True)
         if any(by_loss):
             where = "; ".join(f"rank {rank}'s loss of {text}" for rank, text in enumerate(by_loss) if text)

@@ -6,11 +6,12 @@ rows ─▶ begin (progress, engine) ─▶ [ batches ▶ totals ▶ micro-steps
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bigtune import dist
+from bigtune.checkpoint.disks import find_disks
 from bigtune.config import Run
 from bigtune.data.collate import MicroBatch
 from bigtune.data.deal import Imbalance
@@ -24,53 +25,65 @@ from bigtune.train.console import WorkerConsole
 from bigtune.train.engine import Engine
 from bigtune.train.fit import open_rows
 from bigtune.train.guard import NonFinite, Watchdog
+from bigtune.train.limit import TimeLimit
 from bigtune.train.memory import Memory, to_gib, to_text
-from bigtune.train.metrics import MetricsLog, Totals, peak_memory_gib, reduce_totals
+from bigtune.train.metrics import Flags, MetricsLog, Totals, peak_memory_gib, reduce_totals
 from bigtune.train.saving import Progress, Saver
 from bigtune.train.schedule import learning_rate
-from bigtune.train.signals import StopRequest
+from bigtune.train.settle import settle_start
+from bigtune.train.signals import Requests
 
 
 def train(
     run: Run,
     world: World,
-    start: Path | None,
-    stop: StopRequest,
+    resume: str | None,
+    requests: Requests,
     console: WorkerConsole,
     began: float,
     cpu_adam: bool = False,
     new_data: bool = False,
-) -> None:
+) -> bool:
     """Train on this rank, from the beginning or from a checkpoint, to the last step or until asked to stop.
 
     Args:
-        start: the checkpoint to go on from, as `find_start` gives it.
+        resume: "latest", "step-N" or a path; None for the latest if there is one.
         began: `time.monotonic()` at the start of the process.
         cpu_adam: whether DeepSpeed's own Adam is built.
         new_data: go on with other documents than the checkpoint's, from the next epoch on.
 
+    Returns:
+        Whether the run is done; False if it was stopped before.
+
     Raises:
         BigtuneError: what does not fit, cannot be written or does not go on, and what a user can do about it.
     """
+    disks = find_disks(run.output / "checkpoints", world, dist.own_group())
+    start = settle_start(run, resume, disks, world, dist.own_group(), console.say)
     with closing(open_rows(run, begins=start is None)) as rows:
-        engine, progress, steps = begin(run, world, rows, start, console, cpu_adam, new_data)
+        engine, progress, steps = begin(run, world, disks, rows, start, resume, console, cpu_adam, new_data)
         metrics = MetricsLog(run.output / "metrics.jsonl" if world.is_main else None, began, world)
         metrics.forget_after(progress.step)
         watchdog, memory = Watchdog(run.train.step_timeout_seconds, console), Memory(engine, run.train.micro_batch)
         non_finite = NonFinite(run.train.max_skipped_steps, rows, metrics, console)
-        saver = Saver(run, world, engine, metrics, rows, steps, saved_step=progress.step)
-        stop.can_wait, began_loop = True, time.monotonic()
+        saver = Saver(run, world, disks, engine, metrics, rows, console, steps, saved_step=progress.step)
+        limit = TimeLimit(began, run.train.time_limit_minutes)
+        requests.can_wait, began_loop = True, time.monotonic()
         loader = Loader(rows, progress.position, world, run.train.micro_batch, run.train.global_batch)
         with console.bar("train") or nullcontext() as bar, loader:
             while progress.step < steps:
                 with watchdog.step(progress.step + 1):
                     began_step, waited = time.monotonic(), loader.waited_seconds
                     data = loader.next()
-                    totals = reduce_totals(data.batches, stop.asked, metrics.held)
+                    late = limit.is_near(saver.expected_seconds)
+                    asked = Flags(requests.stop or late, saver.wanted(requests.take_save()), saver.failed)
+                    totals = reduce_totals(data.batches, asked, metrics.held)
                     metrics.complete(totals.held)
+                    if totals.asked.failed:
+                        saver.finish()
                     if not totals.tokens:  # the rows have ended: a step on nothing would still move the weights
                         steps = progress.step
-                    if totals.stop or not totals.tokens:
+                    if totals.asked.stop or not totals.tokens:
                         break
                     rate = learning_rate(run.optim, progress.step + 1, steps)
                     place = (run.train.seed, progress.step)
@@ -83,10 +96,12 @@ def train(
                 non_finite.check(applied, progress.step, losses, data.rows)
                 if bar:
                     bar.advance_to(progress.step, steps, _note(metrics.last))
-                saver.save_if_due(progress)
+                saver.save_if_due(progress, totals.asked.save)
+                limit.note(time.monotonic() - began_step)
             saver.save(progress)
     seconds = time.monotonic() - began_loop
     console.say(_ending(progress, steps, metrics.last, loader.waited_seconds / seconds, rows.losses()))
+    return progress.step >= steps
 
 
 def _learn(

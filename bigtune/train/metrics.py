@@ -11,7 +11,7 @@ import resource
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +23,38 @@ from bigtune.dist import World
 
 
 @dataclass(frozen=True, slots=True)
+class Flags:
+    """What a rank, or, reduced, any of them, asks for: to stop, to save after this step; and that a save failed."""
+
+    stop: bool = False
+    save: bool = False
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Totals:
     """One step's sums over all ranks. `held` are those of the step before, as `MetricsLog.held` has them."""
 
     supervised: int
     weight: float  # of the supervised tokens: what the loss is divided by
     tokens: int
-    stop: bool
+    asked: Flags
     held: list[float]
 
 
-def reduce_totals(batches: Sequence[MicroBatch], stop: bool, held: Sequence[float]) -> Totals:
+def reduce_totals(batches: Sequence[MicroBatch], asked: Flags, held: Sequence[float]) -> Totals:
     """The control reduction: called once a step on every rank, after the step's rows are fetched."""
-    supervised, weight, tokens, stops, *held = dist.all_sum(
+    supervised, weight, tokens, *sums = dist.all_sum(
         [
             sum(batch.supervised for batch in batches),
             sum(batch.weight for batch in batches),
             sum(batch.tokens for batch in batches),
-            float(stop),
+            *map(float, astuple(asked)),
             *held,
         ]
     )
-    return Totals(int(supervised), weight, int(tokens), stops > 0, held)
+    flags, held = sums[: len(fields(Flags))], sums[len(fields(Flags)) :]
+    return Totals(int(supervised), weight, int(tokens), Flags(*(flag > 0 for flag in flags)), held)
 
 
 @dataclass(slots=True)

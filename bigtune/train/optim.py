@@ -114,9 +114,15 @@ def import_state(
         state |= {name: torch.tensor(value, device=partition.device) for name, value in scalars.items()}
     else:
         state |= {name: int(value) for name, value in scalars.items()}
-    if "absmax1" in state:
-        optimizer.fill_qmap()  # type: ignore[attr-defined]
-        for name, book in CODE_BOOKS.items():
-            if f"absmax{name[-1]}" in state:  # lion has one moment
-                state[name] = optimizer.name2qmap[book].to(partition.device)  # type: ignore[attr-defined]
+    for kind, book in code_books(optimizer).items() if "absmax1" in state else ():
+        if kind in state:  # lion has one moment
+            state[f"qmap{kind[-1]}"] = book.to(partition.device)
     optimizer.state[partition] = state
+
+
+def code_books(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The values of 8-bit codes by kind of state, in the host's memory; none for an optimizer without such."""
+    if not hasattr(optimizer, "fill_qmap"):
+        return {}
+    optimizer.fill_qmap()
+    return {f"state{name[-1]}": optimizer.name2qmap[book].cpu() for name, book in CODE_BOOKS.items()}  # type: ignore[attr-defined]

@@ -1,24 +1,39 @@
-"""When a run is saved, and what goes into its checkpoints beside the shards."""
+"""When a run is saved, and what goes into its checkpoints beside the shards.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+state ─▶ copy ─▶ thread: write, rename, latest ─▶ prune
+         the training goes on here
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import save as serialize
 
-from bigtune import __version__
+from bigtune import __version__, dist
 from bigtune.checkpoint import base
-from bigtune.checkpoint.layout import BUFFERS, step_folder
-from bigtune.checkpoint.save import prune, save, to_json
+from bigtune.checkpoint.disks import Disks
+from bigtune.checkpoint.folder import remove, step_folder, steps_in, to_json
+from bigtune.checkpoint.layout import BUFFERS, Layout
+from bigtune.checkpoint.save import Where, save, to_prune
 from bigtune.config import Run
 from bigtune.data.rows import Position, Rows
 from bigtune.dist import World
 from bigtune.model.vocabulary import companion_files, vocabulary_of
 from bigtune.runfile import to_yaml
+from bigtune.train.console import WorkerConsole
 from bigtune.train.engine import Engine
 from bigtune.train.guard import check_alike
 from bigtune.train.metrics import MetricsLog
+from bigtune.train.staging import Staging
 from bigtune.train.state import collect
+
+SAVE_FILE = "save"
+"""In a run's folder; whoever makes it asks for a checkpoint."""
+FIRST_GUESS = 100e6
+"""Bytes a second that a rank is thought to write before a save has shown it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,49 +45,142 @@ class Progress:
     position: Position = Position(0, 0)  # noqa: RUF009  # frozen
 
 
-@dataclass(slots=True)
 class Saver:
-    """Saves a run's checkpoints; every rank has one and calls it at the same steps."""
+    """Saves a run's checkpoints; every rank has one and calls it at the same steps.
 
-    run: Run
-    world: World
-    engine: Engine
-    metrics: MetricsLog
-    rows: Rows
-    steps: int
-    saved_step: int
-    _model_files: Mapping[str, bytes] = field(init=False)
-    _base: base.Base | None = field(init=False, default=None)
+    One save is under way at a time. What goes wrong in it is kept until `finish`, which `failed` asks for.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        run: Run,
+        world: World,
+        disks: Disks,
+        engine: Engine,
+        metrics: MetricsLog,
+        rows: Rows,
+        console: WorkerConsole,
+        steps: int,
+        saved_step: int,
+    ) -> None:
+        self._run, self._world, self._engine, self._metrics = run, world, engine, metrics
+        self._rows, self._console, self._steps, self._saved_step = rows, console, steps, saved_step
+        group = dist.own_group()
+        self._where = Where(run.output / "checkpoints", world, disks, run.checkpoint.replicas, group)
+        self._staging, self._said = Staging(), False
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._saved_at, self._seconds = time.monotonic(), 0.0
         # Read once: the model's folder may be gone when the last step is saved.
-        self._model_files = self._read_model_files() if self.world.is_main else {}
-        if self.engine.adapted:
-            self._base = base.Base.of(self.run.model.path, self.engine.adapted)
+        self._model_files = self._read_model_files() if disks.writer[world.rank] == world.rank else {}
+        self._base = base.Base.of(run.model.path, engine.adapted) if engine.adapted else None
 
-    def save_if_due(self, progress: Progress) -> None:
-        """Save after every `checkpoint.every_steps`-th step."""
-        every = self.run.checkpoint.every_steps
-        if every and progress.step % every == 0:
-            self.save(progress)
+    @property
+    def failed(self) -> bool:
+        """Whether a save under way has come to nothing on this rank; the others learn of it in their own time."""
+        return self._error is not None
 
-    def save(self, progress: Progress) -> None:
+    @property
+    def expected_seconds(self) -> float:
+        """What a save takes: as long as the last one, or a guess before the first."""
+        if not self._seconds:
+            _, tensors = collect(self._engine)
+            self._seconds = sum(tensor.nbytes for tensor in tensors.values()) / FIRST_GUESS
+        return self._seconds
+
+    def wanted(self, signalled: bool) -> bool:
+        """Whether this rank wants the step that begins to be saved: by signal, by the file `save` in the run's folder,
+        or since `checkpoint.every_minutes` have passed since the last save began."""
+        minutes, file = self._run.checkpoint.every_minutes, self._run.output / SAVE_FILE
+        late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        if self._world.is_main and file.exists():
+            file.unlink(missing_ok=True)
+            return True
+        return signalled or late
+
+    def save_if_due(self, progress: Progress, asked: bool) -> None:
+        """Save after every `checkpoint.every_steps`-th step, and where it was asked for."""
+        every = self._run.checkpoint.every_steps
+        if asked or (every and progress.step % every == 0):
+            self.save(progress, beside=self._run.checkpoint.asynchronous)
+
+    def save(self, progress: Progress, beside: bool = False) -> None:
         """Save this step, unless it is saved.
 
+        Args:
+            beside: let a thread write, of a copy, if there is memory for one.
+
         Raises:
-            CheckpointError: on every rank, if any could not write, or the ranks have drifted apart.
+            CheckpointError: on every rank, if any could not write, or the ranks have drifted apart; with `beside`, of
+                the save before.
         """
-        if progress.step == self.saved_step:
+        self.finish()
+        if progress.step == self._saved_step:
             return
-        self.metrics.flush()
-        folder = self.run.output / "checkpoints"
+        self._metrics.flush()
         texts = self._texts(progress)
-        check_alike({**self.engine.replicas(), **texts}, self.world, str(step_folder(folder, progress.step)))
-        layout, tensors = collect(self.engine)
-        save(folder, progress.step, layout, tensors, self.world.rank, texts, self._model_files)
-        self.saved_step = progress.step
-        if self.world.is_main and self.run.checkpoint.keep_last:
-            prune(folder, progress.step, self.run.checkpoint.keep_last)
+        place = str(step_folder(self._where.checkpoints, progress.step))
+        check_alike({**self._engine.replicas(), **texts}, self._world, place)
+        layout, tensors = collect(self._engine)
+        self._saved_at = time.monotonic()
+        if beside and self._fits(tensors):
+            work = self._work(progress.step, layout, self._staging.copy(tensors), texts)
+            self._thread = threading.Thread(target=self._kept(work), name="bigtune-save")
+            self._thread.start()
+        else:
+            self._work(progress.step, layout, tensors, texts)()
+        self._saved_step = progress.step
+
+    def finish(self) -> None:
+        """Wait for the save under way, collectively.
+
+        Raises:
+            CheckpointError: on every rank, if it came to nothing.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
+
+    def _work(
+        self, step: int, layout: Layout, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]
+    ) -> Callable[[], None]:
+        def work() -> None:
+            folder = save(self._where, step, layout, tensors, texts, self._model_files)
+            self._seconds = time.monotonic() - self._saved_at
+            print(f"saved {folder} in {self._seconds:.2f} s", flush=True)
+            self._prune(step)
+
+        return work
+
+    def _kept(self, work: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+
+        return run
+
+    def _fits(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a copy of the state has room; said once where it does not."""
+        fits = self._staging.fits(tensors, self._world)
+        if not fits and not self._said:
+            size = sum(tensor.nbytes for tensor in tensors.values()) / 2**30
+            self._console.say(
+                f"checkpoint: the training waits for each save: there is no memory for a copy of {size:.2f} GiB a rank"
+            )
+            self._said = True
+        return fits
+
+    def _prune(self, step: int) -> None:
+        """Remove the checkpoints that nobody asked to keep."""
+        if self._where.disks.writer[self._world.rank] != self._world.rank:
+            return
+        section, steps = self._run.checkpoint, steps_in(self._where.checkpoints)
+        for old in to_prune(list(steps), step, section.keep_last, section.keep_every, None):
+            remove(steps[old])
 
     def _texts(self, progress: Progress) -> dict[str, str]:
         import deepspeed
@@ -80,9 +188,9 @@ class Saver:
 
         trainer = {
             "step": progress.step,
-            "steps": self.steps,
+            "steps": self._steps,
             "skipped_steps": progress.skipped_steps,
-            "precision": self.engine.dtype,
+            "precision": self._engine.dtype,
             "versions": {
                 "bigtune": __version__,
                 "torch": torch.__version__,
@@ -92,21 +200,21 @@ class Saver:
         }
         data = {
             **progress.position.to_json(),
-            "seed": self.run.train.seed,
-            "sequence_length": self.run.data.sequence_length,
-            "fingerprint": self.rows.fingerprint,
-            "documents": self.rows.documents,
+            "seed": self._run.train.seed,
+            "sequence_length": self._run.data.sequence_length,
+            "fingerprint": self._rows.fingerprint,
+            "documents": self._rows.documents,
         }
-        texts = {"trainer.json": to_json(trainer), "data.json": to_json(data), "run.yaml": to_yaml(self.run)}
+        texts = {"trainer.json": to_json(trainer), "data.json": to_json(data), "run.yaml": to_yaml(self._run)}
         return texts | ({base.FILE: to_json(self._base.to_json())} if self._base else {})
 
     def _read_model_files(self) -> Mapping[str, bytes]:
         """What makes a model of the weights; with the chat template that was learnt, where that is another one, and the
         buffers that the model's files hold."""
-        folder = vocabulary_of(self.run.model, self.run.output).folder
+        folder = vocabulary_of(self._run.model, self._run.output).folder
         files = {name: path.read_bytes() for name, path in companion_files(folder).items()}
-        if self.engine.saved_buffers:
-            files[BUFFERS] = serialize(self.engine.saved_buffers)
-        if self.rows.chat_template is not None:
-            files["chat_template.jinja"] = self.rows.chat_template.encode()
+        if self._engine.saved_buffers:
+            files[BUFFERS] = serialize(self._engine.saved_buffers)
+        if self._rows.chat_template is not None:
+            files["chat_template.jinja"] = self._rows.chat_template.encode()
         return files

@@ -1,15 +1,18 @@
 """A live engine's state as a checkpoint holds it: who holds which elements, this rank's tensors, and the way back."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bigtune import dist
+from bigtune.checkpoint.disks import Disks, bring
 from bigtune.checkpoint.layout import MASTER, Layout, State, SubGroup
-from bigtune.checkpoint.resume import read_partitions
+from bigtune.checkpoint.resume import Saved
 from bigtune.errors import CheckpointError
 from bigtune.train.engine import Engine
-from bigtune.train.optim import BLOCK, export_state, import_state
+from bigtune.train.optim import BLOCK, code_books, export_state, import_state
 
 
 def collect(engine: Engine) -> tuple[Layout, dict[str, torch.Tensor]]:
@@ -29,32 +32,60 @@ def collect(engine: Engine) -> tuple[Layout, dict[str, torch.Tensor]]:
                 group=part.group["name"],
                 numel=part.master.numel(),
                 parameters=part.parameters,
-                states={kind: _description(kind, tensor) for kind, tensor in states.items()},
+                states=_described(states),
                 scalars=scalars,
             )
         )
     return Layout(engine.world.world_size, engine.dtype, tuple(sub_groups), engine.tied, engine.joined), tensors
 
 
-def restore(engine: Engine, checkpoint: Path) -> None:
+def restore(engine: Engine, checkpoint: Path, disks: Disks, group: Any) -> int:
     """Overwrite this rank's partitions and optimizer states with those of a checkpoint, collectively.
 
+    Returns:
+        Bytes that had to come from other hosts.
+
     Raises:
-        CheckpointError: on every rank; another number of ranks, another model, or a broken file.
+        CheckpointError: on every rank; another model, another optimizer, or a broken file.
     """
+    saved: list[Saved] = []
+    parts = list(engine.partitions())
+
+    def compare() -> None:
+        live, _ = collect(engine)
+        saved.append(Saved(checkpoint, live, engine.world.rank))
 
     def overwrite() -> None:
-        live, _ = collect(engine)
-        saved = read_partitions(checkpoint, engine.world.rank, live)
-        for part, (tensors, scalars) in zip(engine.partitions(), saved, strict=True):
-            part.master.data.copy_(tensors.pop(MASTER))
-            import_state(engine.base_optimizer, part.master, tensors, scalars)
+        (source,) = saved
+        books = code_books(engine.base_optimizer)
+        for part, described in zip(parts, source.live.sub_groups, strict=True):
+            states, scalars = source.read(described, part.master.data, books)
+            import_state(engine.base_optimizer, part.master, states, scalars)
 
-    problem = dist.first_problem(overwrite, CheckpointError)
+    _together(compare, group)
+    moved = 0
+    if not disks.shared:
+        needed = dict(enumerate(dist.gather(saved[0].files_needed(), group)))
+        moved = bring(checkpoint, needed, disks, engine.world, group)
+    _together(overwrite, group)
+    engine.refresh()
+    return moved
+
+
+def _together(action: Any, group: Any) -> None:
+    problem = dist.first_problem(action, CheckpointError, group=group)
     if problem:
         raise CheckpointError(problem.text)
-    engine.refresh()
 
 
-def _description(kind: str, tensor: torch.Tensor) -> State:
-    return State(str(tensor.dtype).removeprefix("torch."), BLOCK if kind.startswith("absmax") else 1)
+def _described(tensors: Mapping[str, torch.Tensor]) -> dict[str, State]:
+    return {kind: _description(kind, tensor, tensors) for kind, tensor in sorted(tensors.items())}
+
+
+def _description(kind: str, tensor: torch.Tensor, others: Mapping[str, torch.Tensor]) -> State:
+    scales = f"absmax{kind[-1]}"  # bitsandbytes' name for those of state1 and state2
+    return State(
+        str(tensor.dtype).removeprefix("torch."),
+        BLOCK if kind.startswith("absmax") else 1,
+        scales if tensor.dtype == torch.uint8 and scales in others else None,
+    )

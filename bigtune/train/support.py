@@ -1,15 +1,13 @@
-"""What goes together: preset × optimizer × resume. The code refuses by this one table, and tests try every cell.
+"""What goes together: preset × optimizer. The code refuses by this one table, and tests try every cell.
 
 `tools/document_optimizers.py` makes docs/optimizers.md of it.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from bigtune.checkpoint.layout import Layout
 from bigtune.config import Run
-from bigtune.errors import CheckpointError, ConfigError
+from bigtune.errors import ConfigError
 
 YES = ""
 """Supported; any other cell says why not, and what to take."""
@@ -35,10 +33,6 @@ TRAIN: Mapping[str, tuple[str, ...]] = {
     "adafactor": (ADAFACTOR, ADAFACTOR, ADAFACTOR),
     "muon": (MUON, MUON, MUON),
 }
-RESUME: Mapping[str, tuple[str, ...]] = {  # of every optimizer that the preset trains with
-    "same ranks": (YES, YES, YES),
-    "other ranks": ("not supported yet; start with --ranks {saved}",) * 3,
-}
 
 
 def preset_of(ds_config: Mapping[str, Any]) -> str:
@@ -49,26 +43,13 @@ def preset_of(ds_config: Mapping[str, Any]) -> str:
     return "zero3" if zero.get("offload_optimizer", {}).get("device", "none") == "none" else "zero3_offload"
 
 
-def check(run: Run, ds_config: Mapping[str, Any], start: Path | None, ranks: int) -> None:
+def check(run: Run, ds_config: Mapping[str, Any]) -> None:
     """Refuse what the table refuses.
-
-    Args:
-        start: the checkpoint to go on from, if any.
 
     Raises:
         ConfigError: the optimizer does not go with the preset.
-        CheckpointError: the checkpoint cannot be resumed on so many ranks, or its layout cannot be read.
     """
     preset = preset_of(ds_config)
-    column = PRESETS.index(preset)
-    refusal = TRAIN[run.optim.name][column]
+    refusal = TRAIN[run.optim.name][PRESETS.index(preset)]
     if refusal:
         raise ConfigError(f"optim.name: {run.optim.name} is refused with {preset}: {refusal}")
-    if start is None:
-        return
-    saved = Layout.read(start).world_size
-    refusal = RESUME["same ranks" if saved == ranks else "other ranks"][column]
-    if refusal:
-        raise CheckpointError(
-            f"{start}: written by {saved} ranks; resuming on {ranks} is {refusal.format(saved=saved)}"
-        )

@@ -39,11 +39,13 @@ def load(
         new.__dict__.update(old.__dict__)
         init._convert_to_deepspeed_param(new)
         length = -(-old.numel() // world.world_size)
-        partition = torch.zeros(length, dtype=dtype, device=device())
+        # Not zeros: memory that is touched here for the first time costs more than what is read into it.
+        partition = torch.empty(length, dtype=dtype, device=device())
         start = length * world.rank
         count = min(length, max(0, old.numel() - start))
         if count:
             initial.read(name, start, count, partition)
+        partition[count:].zero_()  # padding
         partition.ds_numel = length  # type: ignore[attr-defined]
         partition.status = PartitionedParamStatus.AVAILABLE  # type: ignore[attr-defined]
         partition.final_location = None  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from bigtune.runfile import to_yaml
 from bigtune.train.start import find_start
 from tests.tiny import tiny_llama, tiny_run, tiny_tokenizer, write_rows
 from tests.train.test_lora import small_model
-from tests.training import Trained, differing, metrics, step, train
+from tests.training import Trained, differing, metrics, reseal, step, train
 
 STEPS, STOP_AFTER = 4, 2
 TOKENS = ["<tool>", "</tool>"]
@@ -145,6 +145,7 @@ def test_a_fold_that_is_transposed_or_not_scaled_would_fail(tmp_path_factory: py
         tree = json.loads(json.dumps(original))
         tree["folds"][name] |= change
         path.write_text(json.dumps(tree))
+        reseal(path.parent)
         wrong = merge(trained.run.output, path.parent / f"wrong {next(iter(change))}")
         assert float((logits(AutoModelForCausalLM.from_pretrained(wrong)) - wanted).norm() / wanted.norm()) > 1e-4
 
@@ -190,6 +191,7 @@ def test_another_base_or_none_is_one_line(llama: Trained, tmp_path: Path) -> Non
     path.write_text(json.dumps(json.loads(path.read_text()) | {"path": str(folder / "model")}))
     run = tiny_run(folder, **llama.settings)
     (path.parent / "run.yaml").write_text(to_yaml(run))
+    reseal(path.parent)
     some = next(path for path in sorted((folder / "model").glob("*.safetensors")))
     content = load_file(some)
     save_file({name: tensor + 1e-3 for name, tensor in content.items()}, some, metadata={"format": "pt"})
@@ -204,8 +206,9 @@ def test_another_base_or_none_is_one_line(llama: Trained, tmp_path: Path) -> Non
 def test_adapters_without_what_tells_of_their_base_are_no_model(llama: Trained, tmp_path: Path) -> None:
     checkpoint = shutil.copytree(step(llama.run, STEPS), tmp_path / "step-4")
     (checkpoint / "adapter.json").unlink()
-    assert "holds adapters, but lacks adapter.json" in refused(checkpoint, tmp_path / "merged")
+    assert "adapter.json is missing" in refused(checkpoint, tmp_path / "merged")
     (checkpoint / "adapter.json").write_text("{}")
+    reseal(checkpoint)
     assert "adapter.json: broken" in refused(checkpoint, tmp_path / "merged")
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from bigtune.checkpoint.merge import merge
 from bigtune.data.prepare import prepare
 from bigtune.runfile import load_run
-from tests.checkpoint.test_save_resume_merge import whole_parameters
+from tests.checkpoint.test_merge import whole_parameters
 from tests.tiny import tiny_family, tiny_run, tiny_tokenizer, write_rows
 from tests.train.test_families import OWN
 from tests.training import metrics, step, train

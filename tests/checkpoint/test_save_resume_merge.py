@@ -4,28 +4,24 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
 
 from bigtune.checkpoint.layout import Layout
-from bigtune.checkpoint.merge import merge, parse_size
+from bigtune.checkpoint.merge import merge
 from bigtune.config import Run
 from bigtune.data.prepare import prepare
-from bigtune.errors import CheckpointError
 from bigtune.runfile import load_run
 from bigtune.train.start import find_start
 from tests.disk import resize, small_disk
 from tests.distributed import run_distributed
 from tests.tiny import tiny_model, tiny_run, write_rows
-from tests.training import RANKS, Trained, differing, metrics, train, train_on_rank
+from tests.training import RANKS, Trained, differing, metrics, reseal, save_rank_file, train, train_on_rank
 from tests.training import step as step_of
 
 STEPS, STOP_AFTER = 7, 3
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 RUNS = (
@@ -92,11 +88,11 @@ def test_going_back_to_an_earlier_step_computes_the_same_again(trained: Trained,
     """`--resume step-3` drops the later lines and replaces the later checkpoints."""
     shutil.copytree(trained.run.output, tmp_path / "run")
     run = trained.another(tmp_path / "run")
-    (step(run) / "trainer.json").unlink()
+    (step(run) / "README").touch()
     train(run, stop_after=None, resume=f"step-{STOP_AFTER}")
     assert metrics(run) == metrics(trained.run)
     assert differing(step(run), step(trained.run)) == []
-    assert (step(run) / "trainer.json").is_file()
+    assert not (step(run) / "README").exists()  # the checkpoint was replaced as a whole
 
 
 def test_who_goes_back_stays_there(plain: Trained, tmp_path: Path) -> None:
@@ -131,17 +127,10 @@ def test_one_changed_value_in_the_saved_file_would_be_seen(trained: Trained, tmp
         changed[0] ^= 64
     else:
         changed[0] += 1e-2
-    save_file(content, path)
+    save_rank_file(content, path)
+    reseal(path.parent)
     train(run, stop_after=None, resume=f"step-{STOP_AFTER}")
     assert differing(step(run), step(trained.run)) != []
-
-
-def test_another_number_of_ranks_is_refused_in_one_line(plain: Trained, tmp_path: Path) -> None:
-    run = plain.another(tmp_path / "one", train__steps=STEPS + 1)
-    (message,) = run_distributed(train_on_rank, 1, run, None, str(step(plain.run)))
-    assert message.startswith("CheckpointError: ")
-    assert "written by 2 ranks; resuming on 1 is not supported yet; start with --ranks 2" in message
-    assert "\n" not in message
 
 
 def test_other_documents_are_refused(plain: Trained, tmp_path: Path) -> None:
@@ -192,127 +181,20 @@ def test_8_bit_states_are_the_matrices_alone_on_any_number_of_ranks(
                 assert len(content[f"{group.index}.absmax1"]) == -(-group.numel // 256)
 
 
-# ------------------------------------------------------------------------------------------------ merging
-
-
-def whole_parameters(folder: Path) -> dict[str, torch.Tensor]:
-    """The float32 values of a checkpoint, put together by hand from its files."""
-    layout = json.loads((folder / "layout.json").read_text())
-    ranks = [load_file(path) for path in sorted(folder.glob("rank-*.safetensors"))]
-    whole = {}
-    for group in layout["sub_groups"]:
-        for entry in group["parameters"]:
-            start, end = entry["offset"], entry["offset"] + entry["length"]
-            flat = torch.cat([content[f"{group['index']}.master"][start:end] for content in ranks])
-            first, numel = entry["first"], torch.Size(entry["shape"]).numel()
-            whole[entry["name"]] = flat[first : first + numel].view(entry["shape"])
-    return whole
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
-@pytest.mark.parametrize("shard_bytes", [30_000, 10**9])
-def test_the_merged_model_is_what_was_trained(
-    trained: Trained, tmp_path: Path, dtype: str | None, shard_bytes: int
-) -> None:
-    output = merge(trained.run.output, tmp_path / "merged", dtype, shard_bytes)
-    wanted_dtype = DTYPES[dtype or trained.run.train.precision]  # the base model was saved in it
-    model = AutoModelForCausalLM.from_pretrained(output)
-    assert model.dtype == wanted_dtype
-    wanted = whole_parameters(step(trained.run))
-    base = dict(AutoModelForCausalLM.from_pretrained(trained.run.model.path).named_parameters())
-    found = dict(model.named_parameters())
-    assert found.keys() == wanted.keys() == base.keys()
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value.to(wanted_dtype)), name
-    assert not torch.equal(found["model.norm.weight"], base["model.norm.weight"].to(wanted_dtype))
-    tied = "lm_head.weight" not in wanted
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
-    files = sorted(path.name for path in output.glob("*.safetensors"))
-    if shard_bytes == 10**9:
-        assert files == ["model.safetensors"]
-        assert not (output / "model.safetensors.index.json").exists()
-    else:
-        index = json.loads((output / "model.safetensors.index.json").read_text())
-        assert len(files) > 2
-        assert sorted(set(index["weight_map"].values())) == files
-        assert index["weight_map"].keys() == wanted.keys()
-        for file in files:  # a larger tensor has a file of its own
-            assert (output / file).stat().st_size < 40_000 or len(load_file(output / file)) == 1
-    assert {"config.json", "generation_config.json", "tokenizer.json"} <= {path.name for path in output.iterdir()}
-    assert [path.name for path in tmp_path.iterdir()] == ["merged"]  # nothing is left aside
-
-
-def test_a_step_a_run_and_a_checkpoints_folder_may_be_merged(plain: Trained, tmp_path: Path) -> None:
-    for number, path in enumerate((plain.run.output, step(plain.run).parent, step(plain.run))):
-        output = merge(path, tmp_path / str(number))
-        assert torch.equal(load_file(output / "model.safetensors")["model.norm.weight"],
-                           load_file(tmp_path / "0" / "model.safetensors")["model.norm.weight"])  # fmt: skip
-    earlier = merge(step(plain.run, STOP_AFTER), tmp_path / "earlier")
-    assert not torch.equal(load_file(earlier / "model.safetensors")["model.norm.weight"],
-                           load_file(tmp_path / "0" / "model.safetensors")["model.norm.weight"])  # fmt: skip
-
-
-def test_the_template_that_was_learnt_goes_with_the_model(plain: Trained, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    merged = AutoTokenizer.from_pretrained(merge(plain.run.output, tmp_path / "merged"))
-    assert AutoTokenizer.from_pretrained(plain.run.model.path).chat_template is None
-    text = merged.apply_chat_template([{"role": "user", "content": "Say red."}], tokenize=False)
-    assert "### Instruction:\nSay red." in text
-
-
-def refused(checkpoint: Path, output: Path, **options: Any) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        merge(checkpoint, output, **options)
-    assert "\n" not in str(caught.value)
-    assert not output.with_name(output.name + ".partial").exists()
-    return str(caught.value)
-
-
-def test_merging_never_writes_over_anything(plain: Trained, tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "precious.txt").write_text("mine")
-    assert "exists and is not empty; give another --output" in refused(plain.run.output, tmp_path / "full")
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["precious.txt"]
-    assert "exists and is not empty" in refused(plain.run.output, tmp_path / "full" / "precious.txt")
-    (tmp_path / "empty").mkdir()
-    merge(plain.run.output, tmp_path / "empty")
+# ---------------------------------------------------------------------------------------------- a bad file
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "empty"])
-def test_a_damaged_rank_file_is_one_line_and_leaves_nothing(plain: Trained, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_rank_file_is_one_line(plain: Trained, tmp_path: Path, damage: str) -> None:
     checkpoint = shutil.copytree(step(plain.run), tmp_path / "step-7")
     path = checkpoint / "rank-00001-of-00002.safetensors"
     content = path.read_bytes()
     path.unlink()
     if damage != "missing":
         path.write_bytes({"truncated": content[:-100], "garbage": b"x" * 100, "empty": b""}[damage])
-    message = refused(checkpoint, tmp_path / "merged")
-    assert message.startswith(f"{checkpoint}: could not be merged into {tmp_path / 'merged'}: ")
-    assert "rank-00001" in message
-    assert not (tmp_path / "merged").exists()
     run = plain.another(tmp_path / "resumed", train__steps=STEPS + 1)
     messages = run_distributed(train_on_rank, RANKS, run, None, str(checkpoint))
     assert all(message.startswith("CheckpointError: ") and "rank-00001" in message for message in messages)
-
-
-def test_a_folder_without_a_checkpoint_is_one_line(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "none"):
-        assert "no checkpoint here; give a step-N folder or a run's output folder" in refused(path, tmp_path / "merged")
-
-
-def test_a_checkpoint_without_its_config_is_one_line(plain: Trained, tmp_path: Path) -> None:
-    checkpoint = shutil.copytree(step(plain.run), tmp_path / "step-7")
-    (checkpoint / "model" / "config.json").unlink()
-    assert "config.json" in refused(checkpoint, tmp_path / "merged")
-
-
-def test_sizes_are_read_as_people_write_them() -> None:
-    sizes = {"5GB": 5 * 10**9, "500MB": 5 * 10**8, "2GiB": 2**31, "1.5 kb": 1500, "7B": 7, "1tb": 10**12}
-    assert {text: parse_size(text) for text in sizes} == sizes
-    for text in ("", "5", "GB", "0GB", "-1GB", "5 gigabytes", "5G"):
-        with pytest.raises(CheckpointError, match="--max-shard-size"):
-            parse_size(text)
 
 
 # -------------------------------------------------------------------------------------------- a full disk

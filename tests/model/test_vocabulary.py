@@ -174,6 +174,20 @@ def test_the_bias_of_an_output_layer_grows_too(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- bad input
 
 
+def test_a_config_that_promises_more_rows_than_the_files_have_is_told_of(tmp_path: Path) -> None:
+    """There would be rows that are neither in the files nor new."""
+    folder = tiny_model(tmp_path / "model", vocab_size=TOKENIZER - 7)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": TOKENIZER}))
+    vocabulary = vocabulary_of(Model(path=folder, add_tokens=("<tool>",)), tmp_path / "run")
+    grown = skeleton(vocabulary.folder, torch.float32)
+    weights = Weights.of(grown, folder, vocabulary_parameters(grown))
+    with pytest.raises(
+        ModelError, match=r"embed_tokens.weight has 280 rows, fewer than vocab_size of its config\.json"
+    ):
+        Initial(grown, weights, 0, vocabulary.new_rows)
+
+
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [("<tool>", "give a list of tokens"), (["<a>", "<a>"], "a token is given twice"), ([" "], "give a list of tokens")],

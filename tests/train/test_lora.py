@@ -13,7 +13,8 @@ from bigtune.data.collate import collate
 from bigtune.data.deal import deal
 from bigtune.dist import World
 from bigtune.errors import ConfigError
-from bigtune.model.adapter import find_targets, is_adapter
+from bigtune.model.adapter import find_targets
+from bigtune.model.folds import is_adapter
 from bigtune.model.initial import first_values
 from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine

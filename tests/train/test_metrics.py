@@ -10,7 +10,7 @@ import pytest
 from bigtune.data.collate import collate
 from bigtune.data.rows import Row
 from bigtune.dist import World
-from bigtune.train.metrics import MetricsLog, Totals, reduce_totals
+from bigtune.train.metrics import Flags, MetricsLog, Totals, reduce_totals
 from tests.stores import document
 
 ALONE = {"least": 0.5, "median": 0.5, "most": 0.5, "slowest_rank": 0}
@@ -60,9 +60,10 @@ def test_one_reduction_sums_a_step_with_the_loss_held_from_the_last() -> None:
         Row((2,), (document(range(30), (26, 30), weights=[0.5]),)),
     ]
     batches = [collate([row]) for row in rows] + [collate([])]
-    assert reduce_totals(batches, stop=False, held=[7.5, 0.5]) == Totals(9, 9.0, 60, False, [7.5, 0.5])
-    assert reduce_totals(batches[1:], stop=True, held=[0.0]) == Totals(4, 2.0, 30, True, [0.0])
-    assert reduce_totals([], stop=False, held=[]) == Totals(0, 0.0, 0, False, [])
+    assert reduce_totals(batches, Flags(), held=[7.5, 0.5]) == Totals(9, 9.0, 60, Flags(), [7.5, 0.5])
+    for asked in (Flags(stop=True), Flags(save=True), Flags(failed=True)):
+        assert reduce_totals(batches[1:], asked, held=[0.0]) == Totals(4, 2.0, 30, asked, [0.0])
+    assert reduce_totals([], Flags(), held=[]) == Totals(0, 0.0, 0, Flags(), [])
 
 
 def test_a_straggler_is_named_among_any_number_of_ranks(tmp_path: Path) -> None:

@@ -1,0 +1,158 @@
+"""How long the training waits for a checkpoint: written beside it, waited for, and by DeepSpeed itself.
+
+    python benchmarks/checkpoint/save_run.py --result benchmarks/checkpoint/save.json
+
+The same run of a Llama of 400M parameters on 2 ranks, by `bigtune train`: without saves, with saves that the training
+waits for, and with saves beside it, in turn. All are flushed to the disk. What a save costs is the time of the same
+steps with saves, less that without, over the number of saves: the writer's share of the cores is in it. DeepSpeed's
+own `save_checkpoint`, of the same model on the same ranks, is followed by a flush of its files.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bigtune import api
+from bigtune.model.create import create_llama
+from bigtune.runfile import resolve, to_yaml
+
+RANKS, FIRST = 2, 2
+"""Steps before FIRST are warm-up."""
+MODES: dict[str, dict[str, Any]] = {
+    "without": {"every_steps": None},
+    "waited for": {"asynchronous": False},
+    "beside": {"asynchronous": True},
+}
+
+
+@click.command()
+@click.option("--rounds", default=2, show_default=True)
+@click.option("--steps", default=14, show_default=True)
+@click.option("--every", default=4, show_default=True)
+@click.option("--hidden-size", default=1024, show_default=True)
+@click.option("--layers", default=24, show_default=True)
+@click.option("--result", type=click.Path(path_type=Path))
+def main(rounds: int, steps: int, every: int, hidden_size: int, layers: int, result: Path | None) -> None:
+    """Train in each mode, in turn, and tell what a save costs."""
+    with tempfile.TemporaryDirectory(prefix="bigtune-save-", dir=Path.cwd()) as name:
+        folder = Path(name)
+        parameters = prepare(folder, hidden_size, layers)
+        seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+        written: dict[str, list[float]] = {mode: [] for mode in MODES}
+        for _ in range(rounds):
+            for mode, section in MODES.items():
+                took, saves = train(folder, mode, steps, {"every_steps": every, "keep_last": 1, **section})
+                seconds[mode].append(took)
+                written[mode] += saves
+                click.echo(f"{mode}: {took:.1f} s, saves {saves}")
+        size = sum(path.stat().st_size for path in (folder / "sizes").iterdir())
+        own = deepspeed(folder)
+        disk = disk_speed(folder)
+    saves = len([step for step in range(FIRST, steps) if step % every == 0])
+    stall = {
+        mode: (statistics.median(seconds[mode]) - statistics.median(seconds["without"])) / saves
+        for mode in ("waited for", "beside")
+    }
+    figures = {
+        "parameters": parameters,
+        "ranks": RANKS,
+        "checkpoint_gb": round(size / 1e9, 3),
+        "seconds_of_the_steps": seconds,
+        "saves": saves,
+        "stall_seconds": {mode: round(value, 3) for mode, value in stall.items()},
+        "beside_over_waited_for": round(stall["beside"] / stall["waited for"], 3),
+        "seconds_to_write": {mode: values for mode, values in written.items() if values},
+        "deepspeed_seconds": own,
+        "disk_gb_a_second": disk,
+        "cores": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+    }
+    click.echo(json.dumps(figures, indent=1))
+    if result:
+        result.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def prepare(folder: Path, hidden_size: int, layers: int) -> int:
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from tests.tiny import tiny_tokenizer, write_rows
+
+    tokenizer = tiny_tokenizer(folder / "tokenizer")
+    parameters = create_llama(
+        tokenizer, folder / "model", hidden_size, layers, 16, intermediate_size=4 * hidden_size, context=256
+    )
+    write_rows(folder / "rows.jsonl", count=400)
+    (folder / "sizes").mkdir()
+    return parameters
+
+
+def train(folder: Path, mode: str, steps: int, section: dict[str, Any]) -> tuple[float, list[float]]:
+    """Seconds from the end of step FIRST to the end of the last, and of each save."""
+    output = folder / "run"
+    shutil.rmtree(output, ignore_errors=True)
+    run = resolve(
+        {
+            "model": {"path": str(folder / "model")},
+            "data": {
+                "sources": [{"path": str(folder / "rows.jsonl")}], "sequence_length": 128,
+                "store": str(folder / "store"),
+            },
+            "optim": {"name": "adamw", "learning_rate": 1e-5},
+            "train": {"steps": steps, "global_batch": 2, "precision": "float32"},
+            "checkpoint": section,
+            "output": str(output),
+        }
+    )  # fmt: skip
+    (folder / "run.yaml").write_text(to_yaml(run))
+    api.prepare(run)
+    os.sync()
+    command = [sys.executable, "-m", "bigtune.cli", "train", str(folder / "run.yaml"), "--ranks", str(RANKS)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    ends = {line["step"]: line["time"] for line in lines}
+    # The last step's own save, which every run has, comes after its time.
+    log = (output / "logs" / "rank-0.log").read_text()
+    saves = [(int(step), float(took)) for step, took in re.findall(r"saved \S+step-(\d+) in ([\d.]+) s", log)]
+    for path in (output / "checkpoints").glob(f"step-{steps}/rank-*"):
+        (folder / "sizes" / path.name).write_bytes(b"")
+        os.truncate(folder / "sizes" / path.name, path.stat().st_size)
+    return ends[steps] - ends[FIRST], [took for step, took in saves if step != steps]
+
+
+def deepspeed(folder: Path) -> dict[str, Any]:
+    """What DeepSpeed's own save takes, and its size."""
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": str(RANKS), "DS_ACCELERATOR": "cpu"}
+    script, result = Path(__file__).with_name("save_rank.py"), folder / "deepspeed.json"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(folder / "model"), str(folder / "peer"), str(result)],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(RANKS)
+    ]
+    assert [process.wait() for process in processes] == [0] * RANKS
+    return dict(json.loads(result.read_text()))
+
+
+def disk_speed(folder: Path) -> float:
+    """GB a second of 1 GiB written and flushed."""
+    content, began = os.urandom(2**24), time.monotonic()
+    with (folder / "disk").open("wb", buffering=0) as file:
+        for _ in range(64):
+            file.write(content)
+        os.fsync(file.fileno())
+    return round(2**30 / 1e9 / (time.monotonic() - began), 3)
+
+
+if __name__ == "__main__":
+    main()
