@@ -385,6 +385,10 @@ class Checkpoint(Section):
     keep_every: int | None = Field(
         default=None, ge=1, description="with keep_last: those of every so manieth step stay as well"
     )
+    keep_best: bool = Field(
+        default=False,
+        description="with keep_last: the one of the least held-out loss, which each save then computes, stays as well",
+    )
     replicas: int = Field(
         default=0,
         ge=0,
@@ -394,8 +398,9 @@ class Checkpoint(Section):
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
-        if self.keep_every is not None and self.keep_last is None:
-            raise ValueError("keep_every goes with keep_last; without that, all checkpoints are kept")
+        for key in ("keep_every", "keep_best"):
+            if getattr(self, key) and self.keep_last is None:
+                raise ValueError(f"{key} goes with keep_last; without that, all checkpoints are kept")
         return self
 
 
@@ -442,6 +447,10 @@ class Run(Section):
     def _held_out_rows(self) -> Self:
         if self.held_out or self.data.holdout is not None:
             return self
+        if self.checkpoint.keep_best:
+            raise ValueError(
+                "checkpoint.keep_best needs held-out rows; name some in evaluate.sources, or set data.holdout"
+            )
         if self.evaluate is not None:
             raise ValueError("evaluate.sources is missing; name held-out rows there, or set data.holdout")
         if self.data.clean.decontaminate:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from bigtune.config import Optim, Run
 from bigtune.errors import ConfigError
 from bigtune.runfile import resolve
+from tests.tiny import tiny_run
 
 HELD_OUT = {"sources": [{"path": "test.jsonl"}]}
 
@@ -154,6 +155,23 @@ def test_a_mixture_that_repeats_sources_has_weights() -> None:
     message = refused(mixture="all_exhausted")
     assert message.endswith("'data': mixture: all_exhausted goes with weights; give every source one, or drop it")
     run_of(mixture="all_exhausted", sources=[{"path": "a", "weight": 1.0}, {"path": "b", "weight": 2.0}])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "wanted"),
+    [
+        ({"keep_every": 10}, "keep_every goes with keep_last; without that, all checkpoints are kept"),
+        ({"keep_best": True}, "keep_best goes with keep_last; without that, all checkpoints are kept"),
+        (
+            {"keep_best": True, "keep_last": 2},
+            "checkpoint.keep_best needs held-out rows; name some in evaluate.sources",
+        ),
+    ],
+)
+def test_what_is_kept_goes_together(tmp_path: Path, checkpoint: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny_run(tmp_path, checkpoint=checkpoint)
+    assert wanted in str(caught.value)
 
 
 def test_cleaning_leaves_some_length() -> None:

@@ -32,7 +32,7 @@ import psutil
 from bigtune import api
 from bigtune.checkpoint.folder import latest, latest_step, rank_file
 from bigtune.checkpoint.layout import MASTER, Layout
-from bigtune.checkpoint.manifest import Manifest, damage, missing_or_cut
+from bigtune.checkpoint.verify import verify
 from bigtune.model.create import create_llama
 from bigtune.runfile import resolve, to_yaml
 from bigtune.tensorfile import read_header, read_into
@@ -239,9 +239,7 @@ def problems(story: Story) -> list[str]:
     folder = latest(story.folder / "checkpoints")
     if folder is None:
         return []
-    manifest = Manifest.read(folder)
-    found = [f"{name} {what}" for name, what in missing_or_cut(folder, manifest).items()]
-    return found or [f"{name} {what}" for name in manifest.files for what in damage(folder, manifest, name)]
+    return [str(found) for found in verify(folder).problems]
 
 
 def compare(story: Story, told: Story) -> dict[str, Any]:

@@ -58,14 +58,16 @@ def measure(command: Sequence[str | Path]) -> dict[str, float]:
     """Seconds of a command, the peak of its memory, and seconds until what it wrote was on the disk."""
     os.sync()
     start, peak = time.perf_counter(), 0
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        peak = max(peak, anonymous(process.pid))
-        time.sleep(0.002)
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen([*map(str, command)], stdout=said, stderr=said)
+        while process.poll() is None:
+            peak = max(peak, anonymous(process.pid))
+            time.sleep(0.002)
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"{command} failed: {said.read()[-2000:]}")
     seconds = time.perf_counter() - start
     os.sync()
-    if process.returncode:
-        raise SystemExit(f"{command} failed")
     return {"seconds": seconds, "synced_seconds": time.perf_counter() - start, "peak_mib": peak / MIB}
 
 

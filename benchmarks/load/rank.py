@@ -3,6 +3,7 @@
 python rank.py bigtune|transformers FOLDER [initialize]
 """
 
+import gc
 import json
 import os
 import sys
@@ -25,7 +26,7 @@ from bigtune.runfile import resolve
 from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine, connect
 
-SAMPLE_SECONDS = 0.002
+SAMPLE_SECONDS = 0.005
 KIB = 1024
 
 
@@ -94,7 +95,9 @@ def main(side: str, folder: Path, until: str = "") -> None:
     )
     width = AutoConfig.from_pretrained(folder).hidden_size
     ds_config = complete(read_preset("zero3"), run, "bfloat16", width)
-    skeleton(folder, torch.bfloat16)  # what is imported and cached on the way is no part of it either
+    skeleton(folder, torch.bfloat16)  # these two import on the way what either side needs
+    deepspeed.DeepSpeedConfig(ds_config)
+    gc.collect()
     meter = Meter()
     found: dict[str, Any] = {}
     with meter:

@@ -39,8 +39,8 @@ SIDES = ("bigtune", "transformers")
 @click.command()
 @click.option("--size", type=click.Choice(list(SIZES)), default="1B", show_default=True)
 @click.option("--ranks", multiple=True, type=int, default=(2, 4), show_default=True)
-@click.option("--repeats", default=3, show_default=True, help="Of bigtune's side.")
-@click.option("--their-repeats", default=2, show_default=True, help="Of transformers' side.")
+@click.option("--repeats", default=5, show_default=True, help="Of bigtune's side.")
+@click.option("--their-repeats", default=3, show_default=True, help="Of transformers' side.")
 @click.option("--result", type=click.Path(path_type=Path), help="Write the figures here as well.")
 def main(size: str, ranks: tuple[int, ...], repeats: int, their_repeats: int, result: Path | None) -> None:
     """Measure and print the figures as JSON."""

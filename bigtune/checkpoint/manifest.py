@@ -8,7 +8,7 @@ without reading them.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import xxhash
 
 from bigtune.checkpoint.folder import sync, to_json
 from bigtune.errors import CheckpointError
-from bigtune.tensorfile import BrokenFileError, Sums, checksum_of, read_header, sums_of
+from bigtune.tensorfile import BrokenFileError, Sums, read_header
 
 FILE = "manifest.json"
 VERSION = 1
@@ -96,23 +96,3 @@ def missing_or_cut(folder: Path, manifest: Manifest, names: Collection[str] | No
         except (OSError, BrokenFileError) as error:
             problems[name] = f"cannot be read ({error})"
     return problems
-
-
-def damage(folder: Path, manifest: Manifest, name: str) -> Iterator[str]:
-    """Read one file that is as long as it was, and tell what in it is not what was written."""
-    wanted = manifest.files[name]
-    try:
-        if not wanted.tensors:
-            if sums_of(folder / name).checksum != wanted.checksum:
-                yield "is damaged, or was edited"
-            return
-        places, _, start = read_header(folder / name)
-        header = xxhash.xxh3_128_hexdigest((folder / name).open("rb").read(start))
-        if header != wanted.checksum or places.keys() != wanted.tensors.keys():
-            yield "is damaged in its header"
-            return
-        for tensor, place in places.items():
-            if checksum_of(place) != wanted.tensors[tensor]:
-                yield f"is damaged in tensor {tensor}"
-    except (OSError, BrokenFileError) as error:
-        yield f"cannot be read ({error})"

@@ -18,6 +18,7 @@ from typing import Any
 
 from bigtune.checkpoint import deepspeed, outputs
 from bigtune.checkpoint.base import Base
+from bigtune.checkpoint.check import MIB, Progress, cores, find_problems
 from bigtune.checkpoint.folder import latest
 from bigtune.checkpoint.layout import BUFFERS
 from bigtune.checkpoint.layout import FILE as LAYOUT
@@ -25,7 +26,7 @@ from bigtune.checkpoint.outputs import DTYPES, Files
 from bigtune.checkpoint.partial import Partial
 from bigtune.checkpoint.source import Source, of_checkpoint
 from bigtune.checkpoint.stream import AHEAD, write_outputs
-from bigtune.checkpoint.verify import INDEX, MIB, Progress, cores, find_problems
+from bigtune.checkpoint.verify import INDEX
 from bigtune.errors import CheckpointError, ModelError
 from bigtune.model.companions import companion_files
 from bigtune.tensorfile import BrokenFileError

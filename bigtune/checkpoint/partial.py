@@ -17,9 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from bigtune.checkpoint.check import Progress, find_problems
 from bigtune.checkpoint.folder import PARTIAL, sync
 from bigtune.checkpoint.manifest import FILE, Manifest
-from bigtune.checkpoint.verify import Progress, find_problems
 from bigtune.errors import CheckpointError
 from bigtune.tensorfile import Sums, sums_of
 

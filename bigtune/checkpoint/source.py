@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+from bigtune.checkpoint.check import find_problems
 from bigtune.checkpoint.folder import rank_file
 from bigtune.checkpoint.layout import BUFFERS, FILE, MASTER, Layout, Parameter, SubGroup
-from bigtune.checkpoint.manifest import Manifest, damage, missing_or_cut
+from bigtune.checkpoint.manifest import Manifest, missing_or_cut
 from bigtune.errors import CheckpointError
 from bigtune.tensorfile import BYTES, BrokenFileError, Place, read_header
 
@@ -131,9 +132,9 @@ def _refuse_damaged(checkpoint: Path, manifest: Manifest, ranks: list[str], smal
             f"copy it from host {having[0]}" if having and not (checkpoint / name).exists() else "merge another step"
         )
         raise CheckpointError(f"{checkpoint}: {name} {problem}; {where}")
-    for name in small:
-        for problem in damage(checkpoint, manifest, name):
-            raise CheckpointError(f"{checkpoint}: {name} {problem}; merge another step")
+    used = {name: tuple(manifest.files[name].tensors) for name in small}
+    for found in find_problems(checkpoint, manifest, used):
+        raise CheckpointError(f"{checkpoint}: {found.file} {found.what}; merge another step")
 
 
 @dataclass(frozen=True, slots=True)

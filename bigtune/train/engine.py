@@ -165,6 +165,11 @@ class Engine:
         self._engine.train()
         return found
 
+    def cross_entropy(self, batch: MicroBatch) -> torch.Tensor:
+        """A micro-batch's weighted sum of cross-entropies, without dropout and gradients."""
+        parts = [batch] if self.objective.packs else self._apart(batch)
+        return torch.stack([self.look(part, "losses")[1] for part in parts]).sum()
+
     def step(self, learning_rate: float) -> bool:
         """The optimizer step of the gradients so far.
 

@@ -106,6 +106,10 @@ class MetricsLog:
             self._held["router_aux_loss"] = None
         self.held[0], self.held[1], self.held[2 + self.world.rank] = loss_sum, aux_sum or 0.0, own_seconds
 
+    def note(self, **more: float) -> None:
+        """Add to the line held."""
+        self._held |= more
+
     def flush(self) -> None:
         """Write the line held with a reduction of its own, collectively."""
         self.complete(dist.all_sum(self.held))

@@ -7,7 +7,9 @@ state ─▶ copy ─▶ thread: write, rename, latest ─▶ prune
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors.torch import save as serialize
@@ -15,17 +17,20 @@ from safetensors.torch import save as serialize
 from bigtune import __version__, dist
 from bigtune.checkpoint import base
 from bigtune.checkpoint.disks import Disks
-from bigtune.checkpoint.folder import remove, step_folder, steps_in, to_json
+from bigtune.checkpoint.folder import read_json, remove, step_folder, steps_in, to_json
 from bigtune.checkpoint.layout import BUFFERS, Layout
 from bigtune.checkpoint.save import Where, save, to_prune
 from bigtune.config import Run
-from bigtune.data.rows import Position, Rows
+from bigtune.data.heldout import packed_held_out
+from bigtune.data.rows import Position, Row, Rows
 from bigtune.dist import World
+from bigtune.errors import CheckpointError
 from bigtune.model.vocabulary import companion_files, vocabulary_of
 from bigtune.runfile import to_yaml
 from bigtune.train.console import WorkerConsole
 from bigtune.train.engine import Engine
 from bigtune.train.guard import check_alike
+from bigtune.train.heldout import held_out_loss
 from bigtune.train.metrics import MetricsLog
 from bigtune.train.staging import Staging
 from bigtune.train.state import collect
@@ -68,6 +73,7 @@ class Saver:
         group = dist.own_group()
         self._where = Where(run.output / "checkpoints", world, disks, run.checkpoint.replicas, group)
         self._staging, self._said = Staging(), False
+        self._held_out: list[Row] = []
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saved_at, self._seconds = time.monotonic(), 0.0
@@ -117,8 +123,8 @@ class Saver:
         self.finish()
         if progress.step == self._saved_step:
             return
+        texts = self._texts(progress, self._look_at_held_out())
         self._metrics.flush()
-        texts = self._texts(progress)
         place = str(step_folder(self._where.checkpoints, progress.step))
         check_alike({**self._engine.replicas(), **texts}, self._world, place)
         layout, tensors = collect(self._engine)
@@ -130,6 +136,17 @@ class Saver:
         else:
             self._work(progress.step, layout, tensors, texts)()
         self._saved_step = progress.step
+
+    def _look_at_held_out(self) -> dict[str, float]:
+        """The held-out loss, where the best checkpoint is to be kept."""
+        if not self._run.checkpoint.keep_best:
+            return {}
+        if not self._held_out:
+            folder = vocabulary_of(self._run.model, self._run.output).folder
+            self._held_out = packed_held_out(self._run, folder)
+        found = {"held_out_loss": held_out_loss(self._engine, self._held_out, self._run.train.micro_batch)}
+        self._metrics.note(**found)
+        return found
 
     def finish(self) -> None:
         """Wait for the save under way, collectively.
@@ -179,10 +196,11 @@ class Saver:
         if self._where.disks.writer[self._world.rank] != self._world.rank:
             return
         section, steps = self._run.checkpoint, steps_in(self._where.checkpoints)
-        for old in to_prune(list(steps), step, section.keep_last, section.keep_every, None):
+        best = best_of(steps) if section.keep_best else None
+        for old in to_prune(list(steps), step, section.keep_last, section.keep_every, best):
             remove(steps[old])
 
-    def _texts(self, progress: Progress) -> dict[str, str]:
+    def _texts(self, progress: Progress, held_out: Mapping[str, float]) -> dict[str, str]:
         import deepspeed
         import transformers
 
@@ -190,6 +208,7 @@ class Saver:
             "step": progress.step,
             "steps": self._steps,
             "skipped_steps": progress.skipped_steps,
+            **held_out,
             "precision": self._engine.dtype,
             "versions": {
                 "bigtune": __version__,
@@ -218,3 +237,13 @@ class Saver:
         if self._rows.chat_template is not None:
             files["chat_template.jinja"] = self._rows.chat_template.encode()
         return files
+
+
+def best_of(steps: Mapping[int, Path]) -> int | None:
+    """The step with the least held-out loss, the first of several; None where none was measured."""
+    losses: dict[int, float] = {}
+    for step, folder in steps.items():
+        with suppress(CheckpointError):  # a damaged one is not the best
+            loss = read_json(folder, "trainer.json").get("held_out_loss")
+            losses |= {step: loss} if isinstance(loss, float) else {}
+    return min(losses, key=losses.__getitem__, default=None)

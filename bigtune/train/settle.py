@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bigtune import dist
+from bigtune.checkpoint.check import find_problems
 from bigtune.checkpoint.disks import Disks, bring
 from bigtune.checkpoint.folder import latest_step, step_folder, steps_in
-from bigtune.checkpoint.manifest import FILE, Manifest, damage, missing_or_cut
+from bigtune.checkpoint.manifest import FILE, Manifest, missing_or_cut
 from bigtune.config import Run
 from bigtune.dist import World
 from bigtune.errors import CheckpointError
@@ -79,8 +80,8 @@ def _problem(folder: Path, disks: Disks, world: World, group: Any) -> str | None
         bring(folder, dict.fromkeys(range(world.world_size), small), disks, world, group)
     mates = disks.mates(world.rank)
     present = [name for name in manifest.files if name not in lacking]
-    mine = present[mates.index(world.rank) :: len(mates)]
-    damaged = [f"{name} {what}" for name in mine for what in damage(folder, manifest, name)]
+    mine = {name: tuple(manifest.files[name].tensors) for name in present[mates.index(world.rank) :: len(mates)]}
+    damaged = [f"{found.file} {found.what}" for found in find_problems(folder, manifest, mine, workers=1)]
     return _by_host(dist.gather(damaged, group), disks) or None
 
 
