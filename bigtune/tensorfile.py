@@ -5,7 +5,9 @@ dtype, shape and byte range, then the bytes. Ranges are read with `preadv`; a me
 held. Checksums are XXH3, 128 bits (https://xxhash.com): against damage, not against malice. Needs no torch.
 """
 
+import errno
 import json
+import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "
          "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 """Of one element, by the format's names of dtypes."""
 PIECE_BYTES = 2**24
+PAGE = 4096
+"""What writing past the cache asks of addresses, offsets and lengths; a file's tensors begin with one."""
 MOST_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
@@ -135,18 +139,11 @@ def write(path: Path, tensors: Mapping[str, Content], metadata: Mapping[str, str
     Raises:
         OSError: it cannot be written, as on a full disk.
     """
-    ordered = in_order(tensors)
-    header, end = dict[str, object](__metadata__=dict(metadata)), 0
-    for name, content in ordered.items():
-        start, end = end, end + prod(content.shape) * BYTES[content.dtype]
-        header[name] = {"dtype": content.dtype, "shape": content.shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    head = len(encoded).to_bytes(8, "little") + encoded
+    head, end = _head(tensors, metadata)
     with path.open("wb", buffering=0) as file:
         _write_all(file.fileno(), memoryview(head))
         sums = {}
-        for name, content in ordered.items():
+        for name, content in in_order(tensors).items():
             hasher, written = xxhash.xxh3_128(), 0
             for piece in content.pieces:
                 for start in range(0, len(piece), PIECE_BYTES):
@@ -160,6 +157,68 @@ def write(path: Path, tensors: Mapping[str, Content], metadata: Mapping[str, str
             sums[name] = hasher.hexdigest()
         os.fsync(file.fileno())
     return Sums(len(head) + end, xxhash.xxh3_128_hexdigest(head), sums)
+
+
+def write_image(path: Path, tensors: Mapping[str, Content], image: memoryview, metadata: Mapping[str, str]) -> Sums:
+    """The same, of tensors that lie end to end in memory, `in_order`. It goes past the system's cache where the file
+    system lets it: that spares the cores a copy of all of it, 0.05 s of their time a GB against 0.3 to 0.8.
+
+    Args:
+        image: begins with a page (`PAGE`), and has room to the end of the page in which the last tensor ends.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
+    head, end = _head(tensors, metadata)
+    sums, start = {}, 0
+    for name, content in in_order(tensors).items():
+        count = prod(content.shape) * BYTES[content.dtype]
+        sums[name] = _checksum_of_memory(image[start : start + count])
+        start += count
+    parts = [_page_aligned(head), image[: end + -end % PAGE]]
+    try:
+        _write_pages(path, parts, len(head) + end, getattr(os, "O_DIRECT", 0))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        _write_pages(path, parts, len(head) + end, 0)  # a file system that wants none of it
+    return Sums(len(head) + end, xxhash.xxh3_128_hexdigest(head), sums)
+
+
+def _head(tensors: Mapping[str, Content], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """What stands before the tensors, whole pages of it, and the bytes of these."""
+    header, end = dict[str, object](__metadata__=dict(metadata)), 0
+    for name, content in in_order(tensors).items():
+        start, end = end, end + prod(content.shape) * BYTES[content.dtype]
+        header[name] = {"dtype": content.dtype, "shape": content.shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % PAGE)
+    return len(encoded).to_bytes(8, "little") + encoded, end
+
+
+def _write_pages(path: Path, parts: Iterable[memoryview], size: int, flags: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags, 0o644)
+    try:
+        for part in parts:
+            for start in range(0, len(part), PIECE_BYTES):
+                _write_all(descriptor, part[start : start + PIECE_BYTES])
+        os.ftruncate(descriptor, size)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _page_aligned(content: bytes) -> memoryview:
+    memory = mmap.mmap(-1, len(content))
+    memory.write(content)
+    return memoryview(memory)
+
+
+def _checksum_of_memory(content: memoryview) -> str:
+    hasher = xxhash.xxh3_128()
+    for start in range(0, len(content), PIECE_BYTES):
+        hasher.update(content[start : start + PIECE_BYTES])
+    return hasher.hexdigest()
 
 
 def in_order(tensors: Mapping[str, Typed]) -> dict[str, Typed]:

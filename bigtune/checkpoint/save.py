@@ -25,7 +25,7 @@ from bigtune.checkpoint.manifest import ID, Manifest, missing_or_cut
 from bigtune.dist import World
 from bigtune.errors import CheckpointError
 from bigtune.model.shards import NAMES, memory_of
-from bigtune.tensorfile import Content, Sums, sums_of, write
+from bigtune.tensorfile import Content, Sums, sums_of, write, write_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ def save(
     tensors: Mapping[str, torch.Tensor],
     texts: Mapping[str, str],
     model_files: Mapping[str, bytes],
+    image: memoryview | None = None,
 ) -> Path:
     """Save all ranks' partitions as step-N, collectively.
 
@@ -54,6 +55,7 @@ def save(
         tensors: this rank's, by the names that they have in its file.
         texts: small files by name, such as trainer.json.
         model_files: what makes a model of the weights, by name: config, tokenizer and their like.
+        image: the tensors' bytes, where they lie end to end as `tensorfile.write_image` has them.
 
     Returns:
         The checkpoint's folder.
@@ -74,11 +76,12 @@ def save(
 
     def write_rank() -> None:
         path = rank_file(aside, rank, layout.world_size)
-        contents = {
-            name: Content(NAMES[tensor.dtype], tuple(tensor.shape), pieces_of(tensor))
-            for name, tensor in tensors.items()
-        }
-        written[path.name] = write(path, contents, {ID: saved_as, "step": str(step), "rank": str(rank)})
+        contents = {name: content_of(tensor) for name, tensor in tensors.items()}
+        metadata = {ID: saved_as, "step": str(step), "rank": str(rank)}
+        if image is None:
+            written[path.name] = write(path, contents, metadata)
+        else:
+            written[path.name] = write_image(path, contents, image, metadata)
 
     def write_shared() -> None:
         layout.write(aside)
@@ -131,9 +134,10 @@ def _start(aside: Path) -> None:
     aside.mkdir(parents=True)
 
 
-def pieces_of(tensor: torch.Tensor) -> "Pieces":
-    """A tensor's bytes, brought to the host piece by piece if it is on a device."""
-    return Pieces(tensor.detach().contiguous().view(-1))
+def content_of(tensor: torch.Tensor) -> Content:
+    """What a file gets of a tensor; brought to the host piece by piece if it is on a device."""
+    pieces = Pieces(tensor.detach().contiguous().view(-1))
+    return Content(NAMES[tensor.dtype], tuple(tensor.shape), pieces)
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,7 +130,8 @@ class Saver:
         layout, tensors = collect(self._engine)
         self._saved_at = time.monotonic()
         if beside and self._fits(tensors):
-            work = self._work(progress.step, layout, self._staging.copy(tensors), texts)
+            copy = self._staging.copy(tensors)
+            work = self._work(progress.step, layout, copy.tensors, texts, copy.image)
             self._thread = threading.Thread(target=self._kept(work), name="bigtune-save")
             self._thread.start()
         else:
@@ -161,10 +162,15 @@ class Saver:
             raise self._error
 
     def _work(
-        self, step: int, layout: Layout, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]
+        self,
+        step: int,
+        layout: Layout,
+        tensors: Mapping[str, torch.Tensor],
+        texts: Mapping[str, str],
+        image: memoryview | None = None,
     ) -> Callable[[], None]:
         def work() -> None:
-            folder = save(self._where, step, layout, tensors, texts, self._model_files)
+            folder = save(self._where, step, layout, tensors, texts, self._model_files, image)
             self._seconds = time.monotonic() - self._saved_at
             print(f"saved {folder} in {self._seconds:.2f} s", flush=True)
             self._prune(step)

@@ -14,7 +14,7 @@ from bigtune.checkpoint.save import save, to_prune
 from bigtune.config import Run
 from bigtune.data.prepare import prepare
 from bigtune.train import staging
-from bigtune.train.staging import Staging, free_memory
+from bigtune.train.staging import Copy, Staging, free_memory
 from tests.distributed import run_distributed
 from tests.tiny import tiny_model, tiny_run, write_rows
 from tests.training import RANKS, Trained, differing, metrics, step, train, train_on_rank
@@ -65,8 +65,8 @@ def test_what_is_written_beside_the_training_is_the_step_that_was_asked_for(trai
         assert differing(step(run, number), step(trained.run, number)) == []
 
 
-def no_copy(self: Staging, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return tensors
+def no_copy(self: Staging, tensors: dict[str, torch.Tensor]) -> Copy:
+    return Copy(tensors, None)  # type: ignore[arg-type]
 
 
 def test_without_the_copy_another_step_would_be_written(trained: Trained, tmp_path: Path) -> None:
@@ -133,7 +133,8 @@ def test_a_save_that_fails_beside_the_training_ends_it_at_the_next_step(
 
 def fail_on_rank(run: Run, failing_rank: int) -> str:
     mine = int(os.environ["RANK"]) == failing_rank
-    return train_on_rank(run, patches={"bigtune.checkpoint.save.write": failing_write} if mine else {})
+    writers = ("bigtune.checkpoint.save.write", "bigtune.checkpoint.save.write_image")
+    return train_on_rank(run, patches=dict.fromkeys(writers, failing_write) if mine else {})
 
 
 def test_a_failure_in_the_last_save_is_told_too(trained: Trained, tmp_path: Path) -> None:
@@ -169,13 +170,14 @@ def test_where_a_copy_has_no_room_the_training_waits_and_says_so(trained: Traine
 
 def test_the_memory_of_a_copy_is_used_again() -> None:
     place, tensors = Staging(), {"a": torch.arange(5.0), "b": torch.arange(4, dtype=torch.uint8)}
-    first = place.copy(tensors)
+    first = place.copy(tensors).tensors
     assert all(torch.equal(first[name], tensor) for name, tensor in tensors.items())
     tensors["a"] += 1
-    second = place.copy({**tensors, "b": torch.arange(9, dtype=torch.uint8)})
-    assert first["a"].data_ptr() == second["a"].data_ptr()
-    assert second["a"].tolist() == [1, 2, 3, 4, 5]
-    assert len(second["b"]) == 9
+    second = place.copy({**tensors, "b": torch.arange(3, dtype=torch.uint8)})
+    assert first["a"].data_ptr() == second.tensors["a"].data_ptr()
+    assert second.tensors["a"].tolist() == [1, 2, 3, 4, 5]
+    assert bytes(second.image[20:23]) == b"\0\1\2"
+    assert len(place.copy({"b": torch.zeros(10**6)}).tensors["b"]) == 10**6
 
 
 def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
