@@ -10,7 +10,6 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from bigtune import tensorfile
 from bigtune.checkpoint.save import content_of
 from bigtune.tensorfile import PAGE, BrokenFileError, Sums, read_header, read_into, sums_of, write, write_image
 from bigtune.train.staging import Staging
@@ -73,7 +72,7 @@ def test_a_file_system_that_wants_the_cache_gets_it(tmp_path: Path, monkeypatch:
         return opened(path, flags, *arguments, **options)
 
     wanted = write_copy(tmp_path / "wanted", some())
-    monkeypatch.setattr(tensorfile.os, "open", refusing)
+    monkeypatch.setattr(os, "open", refusing)
     assert write_copy(tmp_path / "file", some()) == wanted
     monkeypatch.undo()
     assert (tmp_path / "file").read_bytes() == (tmp_path / "wanted").read_bytes()

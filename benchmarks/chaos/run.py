@@ -39,6 +39,7 @@ from bigtune.tensorfile import read_header, read_into
 
 RANKS = 2
 TARGETS = ("one rank", "all ranks", "the launcher", "the command")
+MOMENTS = ("at any time", "while training", "while saving")
 MOST_SECONDS = 600.0
 NO_ORPHAN_SECONDS = 15.0
 
@@ -73,10 +74,10 @@ def main(kills: int, stories: int, steps: int, seed: int, log: Path | None, resu
         endings = []
         for number in range(stories):
             story = Story(folder / f"story-{number}", (RANKS,) if number % 2 == 0 else (1, 2, 3))
-            begin(told, story)
             share = kills * (number + 1) // stories - kills * number // stories
             for _ in range(share):
-                line = {"story": number, **kill_once(story, chance)}
+                ranks, target, moment = map(chance.choice, (story.worlds, TARGETS, MOMENTS))
+                line = {"story": number, **kill_once(story, ranks, target, moment, chance)}
                 lines.append(line)
                 click.echo(json.dumps(line))
                 if log:
@@ -84,7 +85,6 @@ def main(kills: int, stories: int, steps: int, seed: int, log: Path | None, resu
                         file.write(json.dumps(line) + "\n")
                 if line["done"]:
                     shutil.rmtree(story.folder)
-                    begin(told, story)
             ended = finish(story, RANKS)
             endings.append({"story": number, "code": ended, **compare(story, told)})
             click.echo(json.dumps(endings[-1]))
@@ -120,12 +120,6 @@ def prepare(folder: Path, steps: int) -> None:
     api.prepare(run)
 
 
-def begin(told: Story, story: Story) -> None:
-    """A story of its own folder."""
-    assert story.folder != told.folder
-    story.folder.mkdir(exist_ok=True)
-
-
 def start(story: Story, ranks: int) -> "subprocess.Popen[bytes]":
     """The command, in a session of its own, with its words in a file."""
     command = [
@@ -142,11 +136,9 @@ def finish(story: Story, ranks: int) -> int:
     return start(story, ranks).wait(MOST_SECONDS)
 
 
-def kill_once(story: Story, chance: random.Random) -> dict[str, Any]:
-    """Start, kill at a random moment, and look at what is left."""
+def kill_once(story: Story, ranks: int, target: str, moment: str, chance: random.Random) -> dict[str, Any]:
+    """Start, kill, and look at what is left."""
     before = latest_step(story.folder / "checkpoints") or 0
-    ranks, target = chance.choice(story.worlds), chance.choice(TARGETS)
-    moment = chance.choice(["at any time", "while training", "while saving"])
     process = start(story, ranks)
     wait_for(moment, story, process, chance)
     done = process.poll() is not None

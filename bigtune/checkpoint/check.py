@@ -16,7 +16,7 @@ MOST_WORKERS = 8
 MIB = 2**20
 
 Progress = Callable[[int, int, str], None]
-"""Called with MiB done, MiB in all, and what is done."""
+"""Called with MiB done, MiB in all, and what is done; what it raises ends the work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,14 @@ def find_problems(
                 problems.append(Finding(name, f"cannot be read ({error})"))
     total, done = sum(part.place.nbytes for part in parts), 0
     with ThreadPoolExecutor(min(workers or cores(), MOST_WORKERS)) as pool:
-        for part, problem in zip(parts, pool.map(_problem_of, parts), strict=True):
-            problems += [Finding(part.file, problem)] if problem else []
-            done += part.place.nbytes
-            if progress:
-                progress(done // MIB, total // MIB, "MiB checked")
+        try:
+            for part, problem in zip(parts, pool.map(_problem_of, parts), strict=True):
+                problems += [Finding(part.file, problem)] if problem else []
+                done += part.place.nbytes
+                if progress:
+                    progress(done // MIB, total // MIB, "MiB checked")
+        finally:  # where `progress` raises, the rest is not read
+            pool.shutdown(wait=False, cancel_futures=True)
     return problems
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import xxhash
 
+from bigtune.checkpoint.check import MIB, Finding, Progress
 from bigtune.checkpoint.folder import LATEST
 from bigtune.checkpoint.source import Piece, Source, Tensor
 from bigtune.checkpoint.torchfile import damaged
@@ -114,7 +115,7 @@ def of_deepspeed(folder: Path) -> Source:
     )
 
 
-def damage(folder: Path) -> Iterator[str]:
+def find_problems(folder: Path, progress: Progress | None = None) -> list[Finding]:
     """Read the values of a step's files, and tell what is not what was written, by the CRCs that zips have.
 
     They are there but where `torch.serialization.set_crc32_options` switched them off, which no one does by default.
@@ -123,12 +124,17 @@ def damage(folder: Path) -> Iterator[str]:
         CheckpointError: as `of_deepspeed`.
     """
     files = files_of(folder)
-    for path in files.optimizers.values():
-        yield from damaged(path, [place.offset for place in read_master(path).groups])
+    held = {path: read_master(path).groups for path in files.optimizers.values()}
     for path in files.models.values():
         model = read_model(path)
-        places = (*model.fragments.values(), *model.buffers.values())
-        yield from damaged(path, [place.offset for place in places])
+        held[path] = (*model.fragments.values(), *model.buffers.values())
+    problems, done, total = list[Finding](), 0, sum(path.stat().st_size for path in held)
+    for path, places in held.items():
+        problems += [Finding(path.name, what) for what in damaged(path, [place.offset for place in places])]
+        done += path.stat().st_size
+        if progress:
+            progress(done // MIB, total // MIB, "MiB checked")
+    return problems
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """A checkpoint's partitions become a Hugging Face model: sharded safetensors, config and tokenizer. Needs no torch.
 
-    headers ─▶ plan of the files ─▶ are the checksums right? ─▶ each file, by byte ranges ─▶ config, manifest ─▶ rename
+    headers ─▶ plan of the files ─▶ each file, by byte ranges ──▶ config, manifest ─▶ rename
+                              └───▶ are the checksums right? ──┘
 
 Checkpoints of bigtune and of DeepSpeed's ZeRO-3 are merged alike. Adapters are folded into the base model's tensors on
 the way, or written alone, as one file. No tensor is in memory whole, and no code of a checkpoint ever runs.
@@ -74,14 +75,16 @@ def merge(
     try:
         source = find_source(checkpoint)
         plan = _plan(source, dtype, shard_bytes, adapter, base, say)
-        _refuse_damaged(source, workers, progress)
         with Partial(output.absolute(), plan.made_of) as partial:
             partial.keep_finished(workers, progress)
             if partial.finished:
                 say(f"{partial.folder}: goes on from {len(partial.finished)} of {len(plan.files)} files")
             try:
-                _write(partial, plan.files, workers or cores(), progress)
+                _write(partial, plan.files, source, workers or cores(), progress)
                 partial.complete(plan.texts, plan.files)
+            except CheckpointError:  # nothing that was made of a damaged checkpoint stays
+                partial.finished.clear()
+                raise
             except (OSError, BrokenFileError) as error:
                 kept = f"{len(partial.finished)} of {len(plan.files)} files are finished and stay in {partial.folder}"
                 mend = f"; {kept}; the same command goes on from them" if partial.finished else ""
@@ -183,20 +186,9 @@ def _json(tree: object) -> bytes:
     return (json.dumps(tree, indent=2) + "\n").encode()
 
 
-def _refuse_damaged(source: Source, workers: int | None, progress: Progress | None) -> None:
-    """Read all that is to be merged, where there are checksums; what is read again is in memory still, if it fits."""
-    if source.manifest is None:
-        return
-    problems = find_problems(source.folder, source.manifest, source.used, workers, progress)
-    if problems:
-        more = f" ({len(problems)} problems, `bigtune verify` lists them)" if len(problems) > 1 else ""
-        raise CheckpointError(
-            f"{source.folder}: {problems[0].file} {problems[0].what}{more}; nothing is merged; take another step"
-        )
-
-
-def _write(partial: Partial, files: Files, workers: int, progress: Progress | None) -> None:
-    """Write what is not finished yet, several files at once."""
+def _write(partial: Partial, files: Files, source: Source, workers: int, progress: Progress | None) -> None:
+    """Write what is not finished yet, several files at once, while the checksums of all that is merged are compared:
+    what either reads from the disk is in memory for the other."""
     missing = {name: tensors for name, tensors in files.items() if name not in partial.finished}
     total = sum(output.nbytes for tensors in missing.values() for output in tensors)
     free = shutil.disk_usage(partial.folder).free
@@ -204,10 +196,13 @@ def _write(partial: Partial, files: Files, workers: int, progress: Progress | No
         raise OSError(f"{total / 2**30:.2f} GiB are to be written, {free / 2**30:.2f} GiB are free; make room")
     stop, lock, done = threading.Event(), threading.Lock(), 0
 
+    def unless_stopped(*_: object) -> None:
+        if stop.is_set():
+            raise InterruptedError("another thread has failed")
+
     def written(count: int) -> None:
         nonlocal done
-        if stop.is_set():
-            raise InterruptedError("another file could not be written")
+        unless_stopped()
         with lock:
             done += count
             if progress:
@@ -217,8 +212,9 @@ def _write(partial: Partial, files: Files, workers: int, progress: Progress | No
         partial.add(name, write_outputs(partial.folder / name, missing[name], readers, written))
 
     writing = min(workers, MOST_FILES)
-    with ThreadPoolExecutor(min(workers, writing * AHEAD)) as readers, ThreadPoolExecutor(writing) as writers:
-        tasks = [writers.submit(write, name) for name in missing]
+    with ThreadPoolExecutor(min(workers, writing * AHEAD)) as readers, ThreadPoolExecutor(writing + 1) as threads:
+        tasks = [threads.submit(_refuse_damaged, source, workers, unless_stopped)]
+        tasks += [threads.submit(write, name) for name in missing]
         try:
             for task in as_completed(tasks):
                 task.result()
@@ -226,6 +222,19 @@ def _write(partial: Partial, files: Files, workers: int, progress: Progress | No
             stop.set()
             for task in tasks:
                 task.cancel()
+
+
+def _refuse_damaged(source: Source, workers: int, progress: Progress) -> None:
+    """Read all that is merged, against its checksums or the CRCs that DeepSpeed's files have."""
+    if source.manifest:
+        problems = find_problems(source.folder, source.manifest, source.used, workers, progress)
+    else:
+        problems = deepspeed.find_problems(source.folder, progress)
+    if problems:
+        more = f" ({len(problems)} problems, `bigtune verify` lists them)" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f"{source.folder}: {problems[0].file} {problems[0].what}{more}; nothing is merged; take another step"
+        )
 
 
 def parse_size(text: str) -> int:

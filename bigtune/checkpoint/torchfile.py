@@ -94,14 +94,13 @@ def read(path: Path, others: Mapping[str, Callable[..., object]] = MappingProxyT
 
 
 def damaged(path: Path, offsets: Iterable[int]) -> Iterator[str]:
-    """Read the storages that have one of these bytes of the file, and tell which have another CRC than the zip says.
-
-    Raises:
-        OSError, zipfile.BadZipFile: it is no more the file that `read` read.
-    """
-    with _Bounded(path) as file:
-        for name in _Archive(path, file).damaged(sorted(offsets)):
-            yield f"{path.name} is damaged in {shown(name)}"
+    """Read the storages that have one of these bytes of the file, and tell which have another CRC than the zip says."""
+    try:
+        with _Bounded(path) as file:
+            for name in _Archive(path, file).damaged(sorted(offsets)):
+                yield f"is damaged in {shown(name)}"
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        yield f"cannot be read ({shown(str(error))})"
 
 
 def _why(head: bytes, error: Exception) -> str:
@@ -140,6 +139,9 @@ class _Archive:
     def __init__(self, path: Path, file: _Bounded) -> None:
         self._path, self._file, self._zip = path, file, zipfile.ZipFile(file)
         self._size = file.seek(0, io.SEEK_END)
+        if not any(member.CRC for member in self._zip.infolist()):
+            for member in self._zip.infolist():  # set_crc32_options(False) leaves none to be compared
+                del member.CRC
         pickles = [name for name in self._zip.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("it is a zip without the one data.pkl that torch.save writes")
@@ -193,7 +195,9 @@ class _Archive:
 
     def sums(self) -> str:
         """A hash that another save does not have."""
-        told = "".join(f"{member.filename}\0{member.file_size}\0{member.CRC}\n" for member in self._zip.infolist())
+        told = "".join(
+            f"{member.filename}\0{member.file_size}\0{getattr(member, 'CRC', 0)}\n" for member in self._zip.infolist()
+        )
         told += str(self._path.stat().st_mtime_ns)  # CRCs can be switched off
         return xxhash.xxh3_128_hexdigest(told.encode("utf-8", "surrogatepass"))
 

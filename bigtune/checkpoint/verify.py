@@ -64,19 +64,18 @@ def verify(path: Path, workers: int | None = None, progress: Progress | None = N
             return _verify_steps(checkpoints, steps.values(), workers, progress)
     theirs = deepspeed.find(path)
     if theirs is not None:
-        return _verify_deepspeed(theirs)
+        return _verify_deepspeed(theirs, progress)
     raise CheckpointError(
         f"{path.absolute()}: no {FILE} and no checkpoints; give a step-N folder, a run's output folder or a merged "
         "model's"
     )
 
 
-def _verify_deepspeed(folder: Path) -> Verdict:
+def _verify_deepspeed(folder: Path, progress: Progress | None) -> Verdict:
     source = deepspeed.of_deepspeed(folder)
-    damaged = [line.partition(" ") for line in deepspeed.damage(folder)]
+    problems = deepspeed.find_problems(folder, progress)
     files = list(folder.glob(STATES))
-    size = sum(path.stat().st_size for path in files)
-    return Verdict([Finding(file, what) for file, _, what in damaged], [], len(files), size, len(source.tensors))
+    return Verdict(problems, [], len(files), sum(path.stat().st_size for path in files), len(source.tensors))
 
 
 def _verify_steps(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bigtune.checkpoint.deepspeed import damage, find, of_deepspeed
+from bigtune.checkpoint.deepspeed import find, find_problems, of_deepspeed
 from bigtune.checkpoint.merge import merge
 from bigtune.checkpoint.source import Source, Tensor
 from bigtune.errors import CheckpointError
@@ -123,7 +123,7 @@ def test_values_are_those_that_deepspeed_reads(saved: tuple[Path, Case]) -> None
         exact = case.frozen and case.frozen in name and case.precision == "bfloat16"
         assert tensor.dtype == ("BF16" if exact else "F32")
     assert source.model is None
-    assert list(damage(step)) == []
+    assert find_problems(step) == []
 
 
 @pytest.mark.parametrize("saved", [name for name, case in CASES.items() if case.ranks > 1], indirect=True)
@@ -147,8 +147,11 @@ def test_a_bit_that_flipped_is_told(saved: tuple[Path, Case], tmp_path: Path) ->
     piece.path.write_bytes(content)
     changed = differing(assembled(of_deepspeed(step)), as_deepspeed_reads(folder))
     assert changed == ["model.layers.1.mlp.up_proj.weight"]
-    (problem,) = damage(step)
-    assert problem.startswith(f"{piece.path.name} is damaged in ")
+    (problem,) = find_problems(step)
+    assert problem.file == piece.path.name and problem.what.startswith("is damaged in ")
+    with pytest.raises(CheckpointError, match=rf"{piece.path.name} is damaged in .*; nothing is merged"):
+        merge(step, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["global_step2"]
     assert of_deepspeed(step).id != source.id  # it was written again
 
 

@@ -65,6 +65,7 @@ def settle_on_rank(run: Run, resume: str | None) -> tuple[str, list[str]]:
 
 def settle(run: Run, resume: str | None = None) -> tuple[str, list[str]]:
     """The same on every rank."""
+    first: tuple[str, list[str]]
     first, *others = run_distributed(settle_on_rank, RANKS, run, resume)
     assert all(other == first for other in others)
     return first

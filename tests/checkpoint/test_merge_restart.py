@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,15 +213,16 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(
         assert content_of(disk / "merged") == wanted
 
 
-def test_a_damaged_checkpoint_leaves_what_is_finished_alone(tmp_path: Path) -> None:
-    """It may be another one's, and the checkpoint may be brought back."""
-    checkpoint = make_checkpoint(tmp_path / "step-1", some_tensors())
-    (tmp_path / "merged.partial").mkdir()
-    (tmp_path / "merged.partial" / "manifest.json").write_text("{}")
-    damage_tensor(checkpoint / "rank-00000-of-00003.safetensors", "0.master")
-    with pytest.raises(CheckpointError, match=r"is damaged in tensor 0\.master"):
-        merge(checkpoint, tmp_path / "merged")
-    assert content_of(tmp_path / "merged.partial") == {"manifest.json": b"{}"}
+def test_nothing_that_was_made_of_a_damaged_checkpoint_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    """Though most of it is not damaged, and was finished before."""
+    copy = shutil.copytree(checkpoint, tmp_path / "step-1")
+    partial = killed(copy, tmp_path / "merged")
+    assert list(partial.glob("model-*"))
+    damage_tensor(copy / "rank-00002-of-00003.safetensors", "1.master")
+    for folder in ("merged", "fresh"):
+        with pytest.raises(CheckpointError, match=r"rank-00002-of-00003.safetensors is damaged in tensor 1\.master"):
+            merge(copy, tmp_path / folder, shard_bytes=SHARD_BYTES)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
 # ----------------------------------------------------------------------------------------------------- memory
@@ -257,7 +259,7 @@ def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path: Path) -> None
     command = [sys.executable, "-c", MEASURED, str(checkpoint), str(tmp_path / "merged"), "bfloat16"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": "."})
     facts = json.loads(said.stdout)
-    assert facts["over"] < 120 * MIB  # 4 files at once: 72 of buffers; 64 where checksums are read before
+    assert facts["over"] < 160 * MIB  # 4 files at once: 72 of buffers, and 64 where checksums are read
     assert not {"torch", "transformers", "deepspeed"} & set(facts["modules"])
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())["weight_map"]
     large = load_file(tmp_path / "merged" / index["large"])["large"]

@@ -237,8 +237,24 @@ def test_files_that_are_damaged(tmp_path: Path) -> None:
     place = read(path).tree["a"]
     assert list(damaged(path, [place.offset])) == []
     path.write_bytes(whole[: place.offset + 8] + b"\x01" + whole[place.offset + 9 :])
-    assert list(damaged(path, [place.offset])) == ["a.pt is damaged in a/data/0"]
+    assert list(damaged(path, [place.offset])) == ["is damaged in a/data/0"]
     assert list(damaged(path, [])) == []
+    path.write_bytes(whole[: len(whole) // 2])
+    assert list(damaged(path, [place.offset])) == ["cannot be read (File is not a zip file)"]
+
+
+def test_files_without_crcs_are_read_unchecked(tmp_path: Path) -> None:
+    path, before = tmp_path / "a.pt", torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(1000.0)}, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    place = read(path).tree["a"]
+    content = path.read_bytes()
+    assert content[place.offset :][:4000] == torch.arange(1000.0).numpy().tobytes()
+    path.write_bytes(content[: place.offset] + b"\x01" + content[place.offset + 1 :])
+    assert list(damaged(path, [place.offset])) == []
 
 
 def test_any_damage_is_one_line_or_harmless(tmp_path: Path) -> None:

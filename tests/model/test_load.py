@@ -267,13 +267,18 @@ def _more_than_its_share(patch: pytest.MonkeyPatch) -> None:
 
 
 def _into_the_padding(patch: pytest.MonkeyPatch) -> None:
-    read = Initial.read
+    rank = World.from_environment().rank
 
-    def further(self: Initial, name: str, start: int, count: int, out: torch.Tensor) -> None:
-        read(self, name, start, count, out)
-        out[count:] = 1.0
+    def spoiled(model: Any, new: Any) -> Any:
+        def spoil(name: str, old: Any) -> Any:
+            parameter = new(name, old)
+            partition = parameter.ds_tensor
+            partition[max(0, parameter.ds_numel - len(partition) * rank) :] = 1.0
+            return parameter
 
-    patch.setattr(Initial, "read", further)
+        return replace_parameters(model, spoil)
+
+    patch.setattr(zero3, "replace_parameters", spoiled)
 
 
 def _float16_taken_for_bfloat16(patch: pytest.MonkeyPatch) -> None:

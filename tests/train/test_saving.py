@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -13,7 +14,6 @@ from bigtune.checkpoint.folder import steps_in
 from bigtune.checkpoint.save import save, to_prune
 from bigtune.config import Run
 from bigtune.data.prepare import prepare
-from bigtune.train import staging
 from bigtune.train.staging import Copy, Staging, free_memory
 from tests.distributed import run_distributed
 from tests.tiny import tiny_model, tiny_run, write_rows
@@ -188,7 +188,7 @@ def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path, monkeypatc
     assert free_memory(tmp_path) == 360_000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory(tmp_path) > 2**20
-    monkeypatch.setattr(staging.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5})())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5})())
     assert free_memory(tmp_path) == 5
 
 

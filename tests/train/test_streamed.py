@@ -16,7 +16,7 @@ from bigtune.data.recipe import Recipe
 from bigtune.errors import DataError
 from tests.distributed import run_distributed
 from tests.tiny import tiny_model, tiny_run, write_rows
-from tests.training import RANKS, differing, metrics, step, train, train_on_rank
+from tests.training import RANKS, differing, metrics, reseal, step, train, train_on_rank
 
 STEPS, STOP_AFTER = 12, 6
 WINDOWS = {  # so small that few rows have several shards of several windows
@@ -90,6 +90,7 @@ def test_another_position_would_be_seen(trained: Trained, tmp_path: Path, number
     checkpoint = step(run, STOP_AFTER)
     data = data_of(checkpoint)
     (checkpoint / "data.json").write_text(json.dumps({**data, number: data[number] - 1}))
+    reseal(checkpoint)
     train(run, resume=f"step-{STOP_AFTER}", patches=QUICK)
     assert metrics(run)[STOP_AFTER] != metrics(trained.run)[STOP_AFTER]
 
