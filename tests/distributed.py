@@ -1,7 +1,7 @@
 """`run_distributed(function, world_size, …)`: a function on real ranks, joined by gloo, that live on.
 
-Workers are spawned once for each world size and used again by every test of the session, so that a test
-pays for what it does and not for starting Python, torch and DeepSpeed.
+Workers are forked once for each world size, by a process that has imported torch and DeepSpeed, and used again by every
+test of the session, so that a test pays for what it does and not for starting Python.
 
 Importing this module hides the GPUs of a machine that has some: tests run on the CPU, so that they say the
 same everywhere, and those of CUDA ask for it with `cuda=True`.
@@ -13,9 +13,13 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from functools import cache
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest import mock
 
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -71,7 +75,7 @@ def _spawn(world_size: int, cuda: bool) -> Pool:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn") if cuda else _server()
     pool: Pool = []
     for rank in range(world_size):
         here, there = context.Pipe()
@@ -82,6 +86,16 @@ def _spawn(world_size: int, cuda: bool) -> Pool:
         pool.append((process, here))
     _pools[world_size, cuda] = pool
     return pool
+
+
+@cache
+def _server() -> ForkServerContext:
+    """Of a process that has imported once what takes long, and forks the workers."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bigtune.train.loop", "deepspeed", "transformers.models.llama.modeling_llama"])
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"):
+        ensure_running()
+    return context
 
 
 def _serve(connection: Connection, rank: int, world_size: int, port: int, cuda: bool, gpus: str | None) -> None:

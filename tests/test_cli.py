@@ -174,6 +174,7 @@ def test_resuming_what_is_not_there(base: Path, tmp_path: Path) -> None:
     assert "is no checkpoint" in line
 
 
+@pytest.mark.slow
 def test_a_broken_model_is_the_first_failing_workers_one_line(base: Path, tmp_path: Path) -> None:
     """Found in a worker only: its message comes through, and neither its traceback nor the launcher's noise."""
     shutil.copytree(base / "model", tmp_path / "model")
@@ -253,6 +254,7 @@ def test_the_merged_model_scores_better(chain: Chain, base: Path, tmp_path: Path
     assert losses[1] < losses[0] - 0.1
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_is_not_done_again(chain: Chain) -> None:
     again = bigtune("train", chain.run, "--ranks", "2")
     assert again.returncode == 0, again.stderr
@@ -272,6 +274,7 @@ def test_a_run_goes_on_on_other_ranks(chain: Chain, tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_other_settings_are_listed_and_taken_on_purpose(chain: Chain, tmp_path: Path) -> None:
     shutil.copytree(chain.folder / "run", tmp_path / "run")
     changed = ("train", chain.run, "--ranks", "1", "--set", "train.steps=5", "--set", f"output={tmp_path / 'run'}",
@@ -283,6 +286,7 @@ def test_other_settings_are_listed_and_taken_on_purpose(chain: Chain, tmp_path: 
     assert "step-4, with other settings: optim.learning_rate: 0.003 → 0.001" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_form_by_hand_does_the_same(chain: Chain, base: Path, tmp_path: Path) -> None:
     """DeepSpeed's own launcher, nothing set and nothing prepared beforehand."""
     run = run_file(base, tmp_path)
@@ -427,6 +431,7 @@ def test_two_runs_do_not_share_a_folder(base: Path, tmp_path: Path, start: Start
 
 
 @needs_two_cores
+@pytest.mark.slow
 def test_a_save_is_made_when_asked_for(base: Path, tmp_path: Path, start: Start) -> None:
     """By a signal to the command, which goes on to the workers; the run goes on."""
     run = run_file(base, tmp_path, steps=100_000)
@@ -443,6 +448,7 @@ def test_a_save_is_made_when_asked_for(base: Path, tmp_path: Path, start: Start)
 
 
 @needs_two_cores
+@pytest.mark.slow
 def test_a_disk_that_fills_up_between_two_saves_ends_the_run_with_one_line(
     base: Path, tmp_path: Path, start: Start
 ) -> None:

@@ -156,7 +156,7 @@ def test_only_the_last_checkpoints_are_kept_where_asked(plain: Trained, tmp_path
     assert sorted(path.name for path in (run.output / "checkpoints").iterdir()) == ["latest", "step-3", "step-4"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_8_bit_states_are_the_matrices_alone_on_any_number_of_ranks(
     trained: Trained, tmp_path: Path, ranks: int
 ) -> None:

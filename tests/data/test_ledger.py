@@ -198,7 +198,7 @@ def run_until(
     return done
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["prepared", "streamed"])
+@pytest.mark.parametrize("streamed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["prepared", "streamed"])
 def test_each_document_is_learnt_once_an_epoch_whatever_happens(
     streamed: bool, model_path: Path, tmp_path: Path
 ) -> None:
