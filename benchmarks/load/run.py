@@ -39,10 +39,9 @@ SIDES = ("bigtune", "transformers")
 @click.command()
 @click.option("--size", type=click.Choice(list(SIZES)), default="1B", show_default=True)
 @click.option("--ranks", multiple=True, type=int, default=(2, 4), show_default=True)
-@click.option("--repeats", default=5, show_default=True, help="Of bigtune's side.")
-@click.option("--their-repeats", default=3, show_default=True, help="Of transformers' side.")
+@click.option("--repeats", default=5, show_default=True)
 @click.option("--result", type=click.Path(path_type=Path), help="Write the figures here as well.")
-def main(size: str, ranks: tuple[int, ...], repeats: int, their_repeats: int, result: Path | None) -> None:
+def main(size: str, ranks: tuple[int, ...], repeats: int, result: Path | None) -> None:
     """Measure and print the figures as JSON."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -50,11 +49,11 @@ def main(size: str, ranks: tuple[int, ...], repeats: int, their_repeats: int, re
         files = [path.stat().st_size for path in folder.glob("*.safetensors")]
         figures: dict[str, Any] = {"parameters": parameters, "files": len(files), "bytes": sum(files)}
         runs: dict[tuple[int, str], list[dict[str, Any]]] = {}
-        for number in range(max(repeats, their_repeats)):
+        os.sync()  # or the first loads share the disk with the files' own writing
+        for _ in range(repeats):
             for world in ranks:
-                for side, times in zip(SIDES, (repeats, their_repeats), strict=True):
-                    if number < times:
-                        runs.setdefault((world, side), []).append(_run(side, folder, world))
+                for side in SIDES:
+                    runs.setdefault((world, side), []).append(_run(side, folder, world))
         for world in ranks:
             ours, theirs = (_summary(runs[world, side], sum(files)) for side in SIDES)
             for side, summary in zip(SIDES, (ours, theirs), strict=True):

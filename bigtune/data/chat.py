@@ -40,7 +40,9 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, **_known_config(path))
+        return AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False, **_known_config(path)
+        )
     except Exception as error:  # the tokenizers library raises bare Exception for a broken file
         reason = str(error).strip().split("\n")[0][:200]
         raise ModelError(f"{path}: the tokenizer cannot be loaded ({reason}); replace its files") from None

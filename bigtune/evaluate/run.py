@@ -106,7 +106,9 @@ def load_model(path: Path, dtype: str | None = None) -> Any:
         raise ModelError(f"dtype is '{dtype}'; allowed: {', '.join(_DTYPES)}")
     try:
         with without_library_bars():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=_DTYPES[dtype], local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=_DTYPES[dtype], local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:
         # transformers raises nearly every kind of error for a folder that is damaged or of an unknown model
         reason = next(iter(str(error).splitlines()), type(error).__name__)
