@@ -163,6 +163,7 @@ def evaluate(run: "Run", model: Path) -> "Report":
         return stage.evaluate(
             run.evaluate, run.data, model, run.train.seed,
             progress=lambda stage, done, total: shown.advance_to(done, total, stage), below=below,
+            trusted=run.model.trust_remote_code,
         )  # fmt: skip
 
 

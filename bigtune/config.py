@@ -64,6 +64,9 @@ class Model(Section):
     add_tokens: Annotated[tuple[str, ...], BeforeValidator(_new_tokens)] = Field(
         default=(), description="special tokens that tokenizer and embeddings get; see docs/lora.md"
     )
+    trust_remote_code: bool = Field(
+        default=False, description="run Python files of the model's folder, which may do anything"
+    )
 
 
 def _target_modules(value: Any) -> Any:

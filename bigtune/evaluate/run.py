@@ -30,6 +30,7 @@ def evaluate(
     progress: Progress | None = None,
     dtype: str | None = None,
     below: int = 0,
+    trusted: bool = False,
 ) -> Report:
     """Score a Hugging Face model folder on held-out rows: loss of the answers, and exact match.
 
@@ -37,6 +38,7 @@ def evaluate(
     of every score and counted in the report, and so is one that cannot be used where `data.on_bad_row` is skip.
     `dtype` is float32 or bfloat16; by default bfloat16 on CUDA and float32 elsewhere. Rows of `data.sources` with
     a content hash lower than `below` are held out from training, and are the questions where `evaluate` names none.
+    Code of the model's folder runs where it is `trusted`.
     `progress(stage, done, total)` is called with the stages `loss` and `generate`.
 
     Raises:
@@ -52,7 +54,7 @@ def evaluate(
     items = build_items(evaluate, data, tokenizer, seed, counts, below)
     if evaluate.answer == "number":
         _check_numbers(items)
-    model = load_model(model_path, dtype)
+    model = load_model(model_path, dtype, trusted)
     asked = _fitting(model, items, evaluate.max_new_tokens)
     losses = answer_losses(model, asked, progress=_stage(progress, "loss", len(asked)))
     generating = time.perf_counter()
@@ -91,7 +93,7 @@ def evaluate(
     )
 
 
-def load_model(path: Path, dtype: str | None = None) -> Any:
+def load_model(path: Path, dtype: str | None = None, trusted: bool = False) -> Any:
     """Load a causal language model for inference, on CUDA where available. Nothing is downloaded.
 
     Raises:
@@ -107,7 +109,7 @@ def load_model(path: Path, dtype: str | None = None) -> Any:
     try:
         with without_library_bars():
             model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=_DTYPES[dtype], local_files_only=True, trust_remote_code=False
+                path, dtype=_DTYPES[dtype], local_files_only=True, trust_remote_code=trusted
             )
     except Exception as error:
         # transformers raises nearly every kind of error for a folder that is damaged or of an unknown model

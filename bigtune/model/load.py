@@ -6,6 +6,7 @@
 No rank ever holds the whole model (design, rule 5).
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bigtune.errors import ModelError
@@ -31,8 +33,11 @@ model's own logits give. Layers that bypass the attention interface, or count po
 silently wrong; hence every other type is probed before a run (`bigtune.train.probe`)."""
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path, trusted: bool = False) -> Any:
     """The configuration of a model that bigtune can train, from a local folder only.
+
+    Args:
+        trusted: whether code of the folder may run, where it has some for a type that transformers does not know.
 
     Raises:
         ModelError: the folder, or a readable config.json in it, is missing, or the model is no causal language model.
@@ -42,10 +47,16 @@ def read_config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise ModelError(f"model.path: {folder.absolute()} has no config.json; it must be a Hugging Face model")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not trusted and _needs_code(folder):
+            raise ModelError(
+                f"{folder}: its model is Python code beside it (auto_map in config.json), which is not run; if you "
+                "trust whoever wrote it, set model.trust_remote_code: true"
+            )
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}/config.json: {str(error).splitlines()[0]}") from None
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    own = trusted and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own:
         raise ModelError(f"{folder}: models of type {config.model_type} predict no next token; give a decoder")
     if config.get_text_config() is not config:
         raise ModelError(
@@ -55,16 +66,32 @@ def read_config(folder: Path) -> Any:
     return config
 
 
-def skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device, with packed attention where it takes one; its parameters hold no memory."""
-    config = read_config(folder)
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
-        except KeyError:  # a family that knows its own kinds of attention alone
-            model = AutoModelForCausalLM.from_config(read_config(folder), dtype=dtype, attn_implementation="eager")
-    model.train()
-    return cast(PreTrainedModel, model)
+def _needs_code(folder: Path) -> bool:
+    """Whether transformers does not know the type of a model, and the folder has code for it."""
+    tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return "auto_map" in tree and tree.get("model_type") not in CONFIG_MAPPING_NAMES
+
+
+def skeleton(folder: Path, dtype: torch.dtype, trusted: bool = False) -> PreTrainedModel:
+    """The model on the meta device, with packed attention where it takes one; its parameters hold no memory.
+
+    Args:
+        trusted: as `read_config` takes it.
+    """
+
+    def built(attention_name: str) -> PreTrainedModel:
+        config = read_config(folder, trusted)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention_name, trust_remote_code=trusted
+            )
+        return cast(PreTrainedModel, model)
+
+    try:
+        model = built(attention.NAME)
+    except KeyError:  # a family that knows its own kinds of attention alone
+        model = built("eager")
+    return model.train()
 
 
 def materialise_buffers(model: PreTrainedModel, weights: Weights, device: torch.device) -> None:

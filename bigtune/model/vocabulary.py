@@ -27,10 +27,12 @@ FACTS = "new_tokens.json"
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A folder of companion files, and the rows of the embeddings that belong to tokens new to the model."""
+    """A folder of companion files, the rows of the embeddings that belong to tokens new to the model, and whether code
+    of the folder may run."""
 
     folder: Path
     new_rows: range = range(0)
+    trusted: bool = False
 
 
 def vocabulary_of(model: Model, output: Path) -> Vocabulary:
@@ -40,7 +42,7 @@ def vocabulary_of(model: Model, output: Path) -> Vocabulary:
         ModelError: the model's tokenizer or config is missing or broken, or the tokenizer is of another model.
     """
     if not model.add_tokens:
-        return Vocabulary(model.path)
+        return Vocabulary(model.path, trusted=model.trust_remote_code)
     folder = output / FOLDER
     try:
         hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in _files(model.path).items()}
@@ -50,8 +52,8 @@ def vocabulary_of(model: Model, output: Path) -> Vocabulary:
             if (folder / FACTS).is_file():
                 facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
                 if facts["made_of"] == made_of:
-                    return Vocabulary(folder, range(*facts["new_rows"]))
-            return Vocabulary(folder, _make(folder, model, made_of))
+                    return Vocabulary(folder, range(*facts["new_rows"]), model.trust_remote_code)
+            return Vocabulary(folder, _make(folder, model, made_of), model.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{folder.absolute()}: the tokenizer with new tokens cannot be made or read ({error})"

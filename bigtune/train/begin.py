@@ -144,7 +144,7 @@ def _settle(run: Run, vocabulary: Vocabulary, precision: str, rows: Rows, world:
     """The DeepSpeed configuration of a run whose parts go together; written down beside the run file."""
     preset = read_preset(run.deepspeed)
     check(run, preset)
-    model_config = read_config(vocabulary.folder)
+    model_config = read_config(vocabulary.folder, vocabulary.trusted)
     check_fit(model_config, rows)
     ds_config = complete(preset, run, precision, model_config.hidden_size)
     if world.is_main:

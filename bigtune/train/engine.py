@@ -91,7 +91,7 @@ class Engine:
 
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         vocabulary = vocabulary or Vocabulary(model_path)
-        model = skeleton(vocabulary.folder, dtype)
+        model = skeleton(vocabulary.folder, dtype, vocabulary.trusted)
         weights = Weights.of(model, model_path, vocabulary_parameters(model) if vocabulary.new_rows else ())
         self.tied, self.joined, self.saved_buffers = tied_names(model), weights.joined, weights.saved_buffers()
         self.unexpected = weights.unexpected
