@@ -4,7 +4,8 @@
 
 The same run of a Llama of 400M parameters on 2 ranks, by `bigtune train`: without saves, with saves that the training
 waits for, and with saves beside it, in turn. All are flushed to the disk. What a save costs is the time of the same
-steps with saves, less that without, over the number of saves: the writer's share of the cores is in it. DeepSpeed's
+steps with saves, less that without, over the number of saves: the writer's share of the cores is in it. The first save
+is told apart, since the copy's memory is new then. DeepSpeed's
 own `save_checkpoint`, of the same model on the same ranks, is followed by a flush of its files.
 """
 
@@ -27,8 +28,7 @@ from bigtune import api
 from bigtune.model.create import create_llama
 from bigtune.runfile import resolve, to_yaml
 
-RANKS, FIRST = 2, 2
-"""Steps before FIRST are warm-up."""
+RANKS = 2
 MODES: dict[str, dict[str, Any]] = {
     "without": {"every_steps": None},
     "waited for": {"asynchronous": False},
@@ -39,7 +39,7 @@ MODES: dict[str, dict[str, Any]] = {
 @click.command()
 @click.option("--rounds", default=2, show_default=True)
 @click.option("--steps", default=14, show_default=True)
-@click.option("--every", default=4, show_default=True)
+@click.option("--every", default=3, show_default=True)
 @click.option("--hidden-size", default=1024, show_default=True)
 @click.option("--layers", default=24, show_default=True)
 @click.option("--result", type=click.Path(path_type=Path))
@@ -49,21 +49,23 @@ def main(rounds: int, steps: int, every: int, hidden_size: int, layers: int, res
         folder = Path(name)
         parameters = prepare(folder, hidden_size, layers)
         seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+        firsts: dict[str, list[float]] = {mode: [] for mode in MODES}
         written: dict[str, list[float]] = {mode: [] for mode in MODES}
         for _ in range(rounds):
             for mode, section in MODES.items():
-                took, saves = train(folder, mode, steps, {"every_steps": every, "keep_last": 1, **section})
-                seconds[mode].append(took)
+                ends, saves = train(folder, steps, {"every_steps": every, "keep_last": 1, **section})
+                firsts[mode].append(ends[every + 1] - ends[every])
+                seconds[mode].append(ends[steps] - ends[every + 1])
                 written[mode] += saves
-                click.echo(f"{mode}: {took:.1f} s, saves {saves}")
+                click.echo(f"{mode}: {firsts[mode][-1]:.1f} s, {seconds[mode][-1]:.1f} s, saves {saves}")
         size = sum(path.stat().st_size for path in (folder / "sizes").iterdir())
         own = deepspeed(folder)
         disk = disk_speed(folder)
-    saves = len([step for step in range(FIRST, steps) if step % every == 0])
-    stall = {
-        mode: (statistics.median(seconds[mode]) - statistics.median(seconds["without"])) / saves
-        for mode in ("waited for", "beside")
-    }
+    saves = len([step for step in range(every + 1, steps) if step % every == 0])
+    stall, first = (
+        {mode: (statistics.median(took[mode]) - statistics.median(took["without"])) / count for mode in list(MODES)[1:]}
+        for took, count in ((seconds, saves), (firsts, 1))
+    )
     figures = {
         "parameters": parameters,
         "ranks": RANKS,
@@ -71,6 +73,7 @@ def main(rounds: int, steps: int, every: int, hidden_size: int, layers: int, res
         "seconds_of_the_steps": seconds,
         "saves": saves,
         "stall_seconds": {mode: round(value, 3) for mode, value in stall.items()},
+        "first_stall_seconds": {mode: round(value, 3) for mode, value in first.items()},
         "beside_over_waited_for": round(stall["beside"] / stall["waited for"], 3),
         "seconds_to_write": {mode: values for mode, values in written.items() if values},
         "deepspeed_seconds": own,
@@ -96,8 +99,8 @@ def prepare(folder: Path, hidden_size: int, layers: int) -> int:
     return parameters
 
 
-def train(folder: Path, mode: str, steps: int, section: dict[str, Any]) -> tuple[float, list[float]]:
-    """Seconds from the end of step FIRST to the end of the last, and of each save."""
+def train(folder: Path, steps: int, section: dict[str, Any]) -> tuple[dict[int, float], list[float]]:
+    """When each step ended, and the seconds of each save but the last step's, which every run has and comes after."""
     output = folder / "run"
     shutil.rmtree(output, ignore_errors=True)
     run = resolve(
@@ -120,13 +123,12 @@ def train(folder: Path, mode: str, steps: int, section: dict[str, Any]) -> tuple
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     ends = {line["step"]: line["time"] for line in lines}
-    # The last step's own save, which every run has, comes after its time.
     log = (output / "logs" / "rank-0.log").read_text()
     saves = [(int(step), float(took)) for step, took in re.findall(r"saved \S+step-(\d+) in ([\d.]+) s", log)]
     for path in (output / "checkpoints").glob(f"step-{steps}/rank-*"):
         (folder / "sizes" / path.name).write_bytes(b"")
         os.truncate(folder / "sizes" / path.name, path.stat().st_size)
-    return ends[steps] - ends[FIRST], [took for step, took in saves if step != steps]
+    return ends, [took for step, took in saves if step != steps]
 
 
 def deepspeed(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The copy of a rank's state that is written while the training goes on."""
 
+import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +56,16 @@ class Staging:
     def _grow(self, size: int, pinned: bool) -> None:
         if len(self._memory) < size:
             self._memory = torch.empty(0, dtype=torch.uint8)  # gives the old one back first
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else _in_huge_pages(size)
+
+
+def _in_huge_pages(size: int) -> torch.Tensor:
+    """Where the system has such pages: with small ones, on a virtual machine, every later step took 15% longer."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _room_for(tensors: Mapping[str, torch.Tensor]) -> int:
