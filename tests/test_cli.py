@@ -477,3 +477,25 @@ def test_a_killed_worker_ends_the_run_with_one_line(base: Path, tmp_path: Path, 
     assert err.splitlines()[-1].startswith("Error: a worker ended")
     assert f"without a word (out of memory?); see {tmp_path / 'run' / 'logs'}" in err.splitlines()[-1]
     wait_until(lambda: not processes_of(run), 5, "the end of all processes")
+
+
+@needs_two_cores
+def test_a_worker_that_is_killed_while_others_wait_for_it_takes_them_along(
+    base: Path, tmp_path: Path, start: Start
+) -> None:
+    """At once: one that waits for another to come up runs no Python that a signal could reach, and DeepSpeed's launcher
+    gives it 30 s."""
+    run = run_file(base, tmp_path, steps=100_000)
+    process = start(run)
+
+    def workers() -> list[psutil.Process]:
+        return [p for p in processes_of(run) if "bigtune.train" in p.cmdline() and p.ppid() != process.pid]
+
+    wait_until(lambda: len(workers()) == 2, 60, "the start of workers")
+    first = min(workers(), key=lambda worker: worker.pid)
+    first.suspend()  # so that it surely does not come up
+    other = max(workers(), key=lambda worker: worker.pid)
+    wait_until(lambda: other.num_threads() > 1 and other.cpu_percent(0.5) < 5, 60, "a worker that waits")
+    first.kill()
+    wait_until(lambda: not other.is_running() or other.status() == psutil.STATUS_ZOMBIE, 15, "the end of the other")
+    assert process.wait(15) == 1

@@ -41,7 +41,10 @@ class StopAfter(Requests):
     """As if this worker got SIGTERM during a step; `train` asks once a step."""
 
     def __init__(self, steps: int | None) -> None:
-        self.can_wait, self._left, self._save = False, steps, False
+        self._left, self._save = steps, False
+
+    def let_steps_end(self) -> None:
+        """This worker is of a test, and takes no signals."""
 
     @property
     def stop(self) -> bool:  # type: ignore[override]

@@ -68,7 +68,8 @@ def train(
         non_finite = NonFinite(run.train.max_skipped_steps, rows, metrics, console)
         saver = Saver(run, world, disks, engine, metrics, rows, console, steps, saved_step=progress.step)
         limit = TimeLimit(began, run.train.time_limit_minutes)
-        requests.can_wait, began_loop = True, time.monotonic()
+        requests.let_steps_end()
+        began_loop = time.monotonic()
         loader = Loader(rows, progress.position, world, run.train.micro_batch, run.train.global_batch)
         with console.bar("train") or nullcontext() as bar, loader:
             while progress.step < steps:
