@@ -5,8 +5,9 @@
 The same run of a Llama of 400M parameters on 2 ranks, by `bigtune train`: without saves, with saves that the training
 waits for, and with saves beside it, in turn. All are flushed to the disk. What a save costs is the time of the same
 steps with saves, less that without, over the number of saves: the writer's share of the cores is in it. The first save
-is told apart, since the copy's memory is new then. DeepSpeed's
-own `save_checkpoint`, of the same model on the same ranks, is followed by a flush of its files.
+is told apart, since the copy's memory is new then. Whole runs differ by more than a save costs, so that it is told
+within a run as well: how much longer the steps with a save are than the others. DeepSpeed's own `save_checkpoint`, of
+the same model on the same ranks, is followed by a flush of its files.
 """
 
 import json
@@ -51,11 +52,13 @@ def main(rounds: int, steps: int, every: int, hidden_size: int, layers: int, res
         seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
         firsts: dict[str, list[float]] = {mode: [] for mode in MODES}
         written: dict[str, list[float]] = {mode: [] for mode in MODES}
+        within: dict[str, list[float]] = {mode: [] for mode in MODES}
         for _ in range(rounds):
             for mode, section in MODES.items():
                 ends, saves = train(folder, steps, {"every_steps": every, "keep_last": 1, **section})
                 firsts[mode].append(ends[every + 1] - ends[every])
                 seconds[mode].append(ends[steps] - ends[every + 1])
+                within[mode] += longer_steps(ends, every) if saves else []
                 written[mode] += saves
                 click.echo(f"{mode}: {firsts[mode][-1]:.1f} s, {seconds[mode][-1]:.1f} s, saves {saves}")
         size = sum(path.stat().st_size for path in (folder / "sizes").iterdir())
@@ -73,6 +76,8 @@ def main(rounds: int, steps: int, every: int, hidden_size: int, layers: int, res
         "seconds_of_the_steps": seconds,
         "saves": saves,
         "stall_seconds": {mode: round(value, 3) for mode, value in stall.items()},
+        "stall_seconds_within_a_run": {mode: round(statistics.median(within[mode]), 3) for mode in stall},
+        "each_within_a_run": {mode: [round(value, 2) for value in within[mode]] for mode in stall},
         "first_stall_seconds": {mode: round(value, 3) for mode, value in first.items()},
         "beside_over_waited_for": round(stall["beside"] / stall["waited for"], 3),
         "seconds_to_write": {mode: values for mode, values in written.items() if values},
@@ -84,6 +89,13 @@ def main(rounds: int, steps: int, every: int, hidden_size: int, layers: int, res
     click.echo(json.dumps(figures, indent=1))
     if result:
         result.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def longer_steps(ends: dict[int, float], every: int) -> list[float]:
+    """By how much each step with a save in it took longer than the same run's other ones, but for the first save."""
+    took = {step: ends[step] - ends[step - 1] for step in ends if step > every + 1}
+    plain = statistics.median(seconds for step, seconds in took.items() if (step - 1) % every)
+    return [seconds - plain for step, seconds in took.items() if (step - 1) % every == 0]
 
 
 def prepare(folder: Path, hidden_size: int, layers: int) -> int:
