@@ -18,15 +18,16 @@ from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine, connect
 from bigtune.train.probe import _of
 
-model, folder, result = map(Path, sys.argv[1:])
+model, folder, result = map(Path, sys.argv[1:4])
+precision = sys.argv[4]
 world = World.from_environment()
 connect(world)
 tree = {
     "model": {"path": str(model)}, "data": {"sources": [{"path": "none"}]}, "train": {"steps": 1, "global_batch": 2},
     "output": str(folder),
 }  # fmt: skip
-config = complete(read_preset("zero3"), resolve(tree), "float32", read_config(model).hidden_size)
-engine = Engine(model, Optim(), config, "float32", world)
+config = complete(read_preset("zero3"), resolve(tree), precision, read_config(model).hidden_size)
+engine = Engine(model, Optim(), config, precision, world)
 batch = _of(torch.randint(300, (128,)).numpy())
 engine.micro_step(batch, 1.0, 128, last=True)
 engine.step(1e-5)

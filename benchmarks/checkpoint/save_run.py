@@ -2,12 +2,12 @@
 
     python benchmarks/checkpoint/save_run.py --result benchmarks/checkpoint/save.json
 
-The same run of a Llama of 400M parameters on 2 ranks, by `bigtune train`: without saves, with saves that the training
-waits for, and with saves beside it, in turn. All are flushed to the disk. What a save costs is the time of the same
-steps with saves, less that without, over the number of saves: the writer's share of the cores is in it. The first save
-is told apart, since the copy's memory is new then. Whole runs differ by more than a save costs, so that it is told
-within a run as well: how much longer the steps with a save are than the others. DeepSpeed's own `save_checkpoint`, of
-the same model on the same ranks, is followed by a flush of its files.
+The same run of a Llama of 400M parameters, by `bigtune train`, on a GPU a rank where there are some: without saves,
+with saves that the training waits for, and with saves beside it, in turn. All are flushed to the disk. What it costs is
+the time of the same steps with saves, less that without, over the number of saves: the writer's share of the cores is
+in it. The first save is told apart, since the copy's memory is new then. Whole runs differ by more than that, so
+that it is told within a run as well: how much longer the steps with a save are than the others. DeepSpeed's own
+`save_checkpoint`, of the same model on the same ranks, is followed by a flush of its files.
 """
 
 import json
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from bigtune import api
 from bigtune.model.create import create_llama
 from bigtune.runfile import resolve, to_yaml
 
-RANKS = 2
 MODES: dict[str, dict[str, Any]] = {
     "without": {"every_steps": None},
     "waited for": {"asynchronous": False},
@@ -43,26 +43,37 @@ MODES: dict[str, dict[str, Any]] = {
 @click.option("--every", default=3, show_default=True)
 @click.option("--hidden-size", default=1024, show_default=True)
 @click.option("--layers", default=24, show_default=True)
+@click.option("--ranks", default=2, show_default=True)
+@click.option("--sequence-length", default=128, show_default=True)
+@click.option("--micro-batch", default=1, show_default=True)
+@click.option("--global-batch", default=2, show_default=True)
+@click.option("--precision", default="float32", show_default=True)
 @click.option("--result", type=click.Path(path_type=Path))
-def main(rounds: int, steps: int, every: int, hidden_size: int, layers: int, result: Path | None) -> None:
+def main(
+    rounds: int, steps: int, every: int, hidden_size: int, layers: int, ranks: int, sequence_length: int,
+    micro_batch: int, global_batch: int, precision: str, result: Path | None,
+) -> None:  # fmt: skip
     """Train in each mode, in turn, and tell what a save costs."""
+    batches = {"steps": steps, "micro_batch": micro_batch, "global_batch": global_batch, "precision": precision}
     with tempfile.TemporaryDirectory(prefix="bigtune-save-", dir=Path.cwd()) as name:
         folder = Path(name)
-        parameters = prepare(folder, hidden_size, layers)
+        parameters = prepare(folder, hidden_size, layers, sequence_length)
         seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
         firsts: dict[str, list[float]] = {mode: [] for mode in MODES}
         written: dict[str, list[float]] = {mode: [] for mode in MODES}
         within: dict[str, list[float]] = {mode: [] for mode in MODES}
         for _ in range(rounds):
             for mode, section in MODES.items():
-                ends, saves = train(folder, steps, {"every_steps": every, "keep_last": 1, **section})
+                ends, saves = train(
+                    folder, ranks, sequence_length, batches, {"every_steps": every, "keep_last": 1, **section}
+                )
                 firsts[mode].append(ends[every + 1] - ends[every])
                 seconds[mode].append(ends[steps] - ends[every + 1])
                 within[mode] += longer_steps(ends, every) if saves else []
                 written[mode] += saves
                 click.echo(f"{mode}: {firsts[mode][-1]:.1f} s, {seconds[mode][-1]:.1f} s, saves {saves}")
         size = sum(path.stat().st_size for path in (folder / "sizes").iterdir())
-        own = deepspeed(folder)
+        own = deepspeed(folder, ranks, precision)
         disk = disk_speed(folder)
     saves = len([step for step in range(every + 1, steps) if step % every == 0])
     stall, first = (
@@ -71,7 +82,9 @@ def main(rounds: int, steps: int, every: int, hidden_size: int, layers: int, res
     )
     figures = {
         "parameters": parameters,
-        "ranks": RANKS,
+        "ranks": ranks,
+        "precision": precision,
+        "tokens_a_step": global_batch * sequence_length,
         "checkpoint_gb": round(size / 1e9, 3),
         "seconds_of_the_steps": seconds,
         "saves": saves,
@@ -84,7 +97,7 @@ def main(rounds: int, steps: int, every: int, hidden_size: int, layers: int, res
         "deepspeed_seconds": own,
         "disk_gb_a_second": disk,
         "cores": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
     }
     click.echo(json.dumps(figures, indent=1))
     if result:
@@ -98,20 +111,22 @@ def longer_steps(ends: dict[int, float], every: int) -> list[float]:
     return [seconds - plain for step, seconds in took.items() if (step - 1) % every == 0]
 
 
-def prepare(folder: Path, hidden_size: int, layers: int) -> int:
+def prepare(folder: Path, hidden_size: int, layers: int, sequence_length: int) -> int:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.tiny import tiny_tokenizer, write_rows
 
     tokenizer = tiny_tokenizer(folder / "tokenizer")
     parameters = create_llama(
-        tokenizer, folder / "model", hidden_size, layers, 16, intermediate_size=4 * hidden_size, context=256
+        tokenizer, folder / "model", hidden_size, layers, 16, intermediate_size=4 * hidden_size, context=sequence_length
     )
-    write_rows(folder / "rows.jsonl", count=400)
+    write_rows(folder / "rows.jsonl", count=20_000)
     (folder / "sizes").mkdir()
     return parameters
 
 
-def train(folder: Path, steps: int, section: dict[str, Any]) -> tuple[dict[int, float], list[float]]:
+def train(
+    folder: Path, ranks: int, sequence_length: int, batches: dict[str, Any], section: dict[str, Any]
+) -> tuple[dict[int, float], list[float]]:
     """When each step ended, and the seconds of each save but the last step's, which every run has and comes after."""
     output = folder / "run"
     shutil.rmtree(output, ignore_errors=True)
@@ -119,11 +134,11 @@ def train(folder: Path, steps: int, section: dict[str, Any]) -> tuple[dict[int, 
         {
             "model": {"path": str(folder / "model")},
             "data": {
-                "sources": [{"path": str(folder / "rows.jsonl")}], "sequence_length": 128,
+                "sources": [{"path": str(folder / "rows.jsonl")}], "sequence_length": sequence_length,
                 "store": str(folder / "store"),
             },
             "optim": {"name": "adamw", "learning_rate": 1e-5},
-            "train": {"steps": steps, "global_batch": 2, "precision": "float32"},
+            "train": batches,
             "checkpoint": section,
             "output": str(output),
         }
@@ -131,30 +146,31 @@ def train(folder: Path, steps: int, section: dict[str, Any]) -> tuple[dict[int, 
     (folder / "run.yaml").write_text(to_yaml(run))
     api.prepare(run)
     os.sync()
-    command = [sys.executable, "-m", "bigtune.cli", "train", str(folder / "run.yaml"), "--ranks", str(RANKS)]
+    command = [sys.executable, "-m", "bigtune.cli", "train", str(folder / "run.yaml"), "--ranks", str(ranks)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     ends = {line["step"]: line["time"] for line in lines}
     log = (output / "logs" / "rank-0.log").read_text()
     saves = [(int(step), float(took)) for step, took in re.findall(r"saved \S+step-(\d+) in ([\d.]+) s", log)]
-    for path in (output / "checkpoints").glob(f"step-{steps}/rank-*"):
+    for path in (output / "checkpoints").glob(f"step-{batches['steps']}/rank-*"):
         (folder / "sizes" / path.name).write_bytes(b"")
         os.truncate(folder / "sizes" / path.name, path.stat().st_size)
-    return ends, [took for step, took in saves if step != steps]
+    return ends, [took for step, took in saves if step != batches["steps"]]
 
 
-def deepspeed(folder: Path) -> dict[str, Any]:
+def deepspeed(folder: Path, ranks: int, precision: str) -> dict[str, Any]:
     """What DeepSpeed's own save takes, and its size."""
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": str(RANKS), "DS_ACCELERATOR": "cpu"}
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": str(ranks)}
+    world["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
     script, result = Path(__file__).with_name("save_rank.py"), folder / "deepspeed.json"
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(folder / "model"), str(folder / "peer"), str(result)],
+            [sys.executable, str(script), str(folder / "model"), str(folder / "peer"), str(result), precision],
             env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
         )
-        for rank in range(RANKS)
+        for rank in range(ranks)
     ]
-    assert [process.wait() for process in processes] == [0] * RANKS
+    assert [process.wait() for process in processes] == [0] * ranks
     return dict(json.loads(result.read_text()))
 
 
