@@ -21,6 +21,9 @@ from tests.train.test_families import EXPERTS, OWN, reference, rows, step_on_ran
 from tests.train.test_loss import ALIKE, reference_gradients, worst, zero3_gradients
 from tests.training import differing, metrics, step, train
 
+ALIGNED = {"hidden_size": 48, "head_dim": 8}
+"""Rows of a multiple of 16 bytes in bfloat16, which CUDA's grouped products of experts need."""
+
 pytestmark = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="needs an NVIDIA GPU")
 
 
@@ -41,14 +44,18 @@ def test_gradients_are_those_of_transformers_on_the_cpu(
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_neox", "granite", "mistral", "mixtral", "qwen3"])
-@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-4), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_gradients_of_families_are_those_of_transformers_on_the_cpu(
-    tmp_path: Path, model_type: str, precision: str, bound: float
+    tmp_path: Path, model_type: str, precision: str
 ) -> None:
-    """Windows, soft caps, scaled logits and experts, by whatever kernels this machine has."""
-    folder = tiny_family(tmp_path, model_type, experts=EXPERTS, **OWN[model_type])
+    """Windows, soft caps, scaled logits and experts, by whatever kernels this machine has; in bfloat16 twice as far off as
+    transformers' own at most."""
+    folder = tiny_family(tmp_path, model_type, experts=EXPERTS, **{**OWN[model_type], **ALIGNED})
+    exact, bound = reference(folder)[0], 1e-4
+    if precision == "bfloat16":
+        bound = max(5e-2, 2 * worst(reference(folder, dtype=torch.bfloat16)[0], exact))
     ((gradients, _),) = run_distributed(step_on_rank, 1, folder, [rows()], precision, cuda=True)
-    assert worst(gradients, reference(folder)[0]) < bound
+    assert worst(gradients, exact) < bound
 
 
 @pytest.mark.parametrize("preset", ["zero3", "zero3_offload"])
@@ -81,7 +88,8 @@ def test_the_chain_stops_resumes_and_merges_to_the_last_bit(
 def test_the_commands_take_the_gpu_by_themselves(tmp_path: Path) -> None:
     tiny_model(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl")
-    run = tiny_run(tmp_path, train__precision="auto", evaluate__sources=[{"path": str(tmp_path / "rows.jsonl")}])
+    sources = [{"path": str(tmp_path / "rows.jsonl")}]
+    run = tiny_run(tmp_path, train__precision="auto", evaluate__sources=sources, evaluate__max_new_tokens=8)
     (tmp_path / "run.yaml").write_text(to_yaml(run), encoding="utf-8")
 
     def bigtune(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":

@@ -64,14 +64,16 @@ def step_on_rank(
     mine = ranks_rows[world.rank]
     for index, row in enumerate(mine):
         engine.micro_step(collate([row]), whole.weight, whole.tokens, last=index == len(mine) - 1)
-    gradients = {name: safe_get_full_grad(p).float().numpy().copy() for name, p in engine.parameters.items()}
+    gradients = {name: safe_get_full_grad(p).float().cpu().numpy().copy() for name, p in engine.parameters.items()}
     engine.step(0.1)
-    return gradients, {name: safe_get_full_fp32_param(p).numpy().copy() for name, p in engine.parameters.items()}
+    return gradients, {name: safe_get_full_fp32_param(p).cpu().numpy().copy() for name, p in engine.parameters.items()}
 
 
-def reference(folder: Path, one_layer_at_a_time: bool = True) -> tuple[Gradients, list[set[int]]]:
+def reference(
+    folder: Path, one_layer_at_a_time: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[Gradients, list[set[int]]]:
     """The gradient from transformers alone, a document at a time, and the experts that each row went to."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     whole, used = collate(rows()), []
     for row in rows():
         experts: set[int] = set()
@@ -79,7 +81,7 @@ def reference(folder: Path, one_layer_at_a_time: bool = True) -> tuple[Gradients
             ids = torch.from_numpy(one.input_ids).long()[None]
             routed = {"output_router_logits": True} if "router_aux_loss_coef" in model.config.to_dict() else {}
             output = model(ids, **routed)
-            losses = cross_entropy(output.logits[0, :-1], ids[0, 1:], reduction="none")
+            losses = cross_entropy(output.logits[0, :-1].float(), ids[0, 1:], reduction="none")
             loss = sum((losses[max(s, 1) - 1 : e - 1].sum() for s, e in one.spans.tolist()), losses.sum() * 0.0)
             loss = loss / whole.weight
             if routed and output.router_logits:
@@ -91,7 +93,7 @@ def reference(folder: Path, one_layer_at_a_time: bool = True) -> tuple[Gradients
                 experts |= set(output.router_logits[0].topk(model.config.num_experts_per_tok).indices.unique().tolist())
             loss.backward()
         used.append(experts)
-    return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}, used
+    return {name: parameter.grad.float().numpy() for name, parameter in model.named_parameters()}, used
 
 
 QUICK = ("cohere", "gemma2", "gpt2", "mixtral", "qwen3")

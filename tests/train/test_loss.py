@@ -63,7 +63,7 @@ def zero3_gradients(folder: Path, precision: str, threshold: int, rule: Rule, ro
         mean = (batch.weight or 1.0) * len(batches) * world.world_size
         weight = {"global": whole.weight, "mean of means": mean, "count": whole.supervised}[rule]
         engine.micro_step(batch, weight, whole.tokens, last=index == len(batches) - 1)
-    return {name: safe_get_full_grad(p).float().numpy().copy() for name, p in engine.parameters.items()}
+    return {name: safe_get_full_grad(p).float().cpu().numpy().copy() for name, p in engine.parameters.items()}
 
 
 def reference_gradients(folder: Path, rows: list[Row]) -> Gradients:
