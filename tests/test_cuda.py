@@ -48,8 +48,8 @@ def test_gradients_are_those_of_transformers_on_the_cpu(
 def test_gradients_of_families_are_those_of_transformers_on_the_cpu(
     tmp_path: Path, model_type: str, precision: str
 ) -> None:
-    """Windows, soft caps, scaled logits and experts, by whatever kernels this machine has; in bfloat16 twice as far off as
-    transformers' own at most."""
+    """Windows, soft caps, scaled logits and experts, by whatever kernels this machine has. In bfloat16 they are at most
+    twice as far off as transformers' own."""
     folder = tiny_family(tmp_path, model_type, experts=EXPERTS, **{**OWN[model_type], **ALIGNED})
     exact, bound = reference(folder)[0], 1e-4
     if precision == "bfloat16":
