@@ -1,0 +1,268 @@
+"""How fast is the step? bigtune, TRL's SFTTrainer and a plain transformers and DeepSpeed loop, on the same rows.
+
+    python -m venv trl && trl/bin/pip install "torch==2.13.0" "deepspeed==0.19.8" "trl==1.16.0" click
+    python benchmarks/train_step/run.py --data gsm8k/train.jsonl --tokenizer tokenizer.json --trl trl/bin/python
+
+The sides take turns, each in new processes, with the same model, precision, ranks, threads and cores. bigtune packs;
+the plain loop reads bigtune's rows, TRL packs the same documents. Speed is real tokens over wall-clock time from
+the end of the last warm-up step to that of the last step, data and logging included; what is before the end of
+the first step is told apart. The roof is the rate at which all ranks at once multiply matrices of the model's
+shapes: a side's share of it counts 6 floating-point operations a body parameter and real token, 6 a head parameter and
+supervised token, and attention within documents. Embeddings count nothing.
+"""
+
+import json
+import os
+import platform
+import queue
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bigtune import api
+from bigtune.config import Run
+from bigtune.data.rows import Position, Row
+from bigtune.model.create import create_llama
+from bigtune.model.load import read_config
+from bigtune.runfile import resolve, to_yaml
+from bigtune.train.fit import open_rows
+from bigtune.train.precision import measure_precision
+
+HERE = Path(__file__).parent
+SIDES = ("bigtune", "plain", "trl")
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="Rows in any known format.")
+@click.option("--tokenizer", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--trl", type=click.Path(path_type=Path, exists=True), help="Python of an environment with TRL.")
+@click.option("--every-token", is_flag=True, help="Supervise all tokens: the rows are taken for plain text.")
+@click.option("--hidden-size", default=512, show_default=True)
+@click.option("--layers", default=8, show_default=True)
+@click.option("--heads", default=8, show_default=True)
+@click.option("--ranks", default=2, show_default=True)
+@click.option("--sequence-length", default=1024, show_default=True)
+@click.option("--global-batch", default=2, show_default=True)
+@click.option("--steps", default=12, show_default=True)
+@click.option("--warm-up", default=4, show_default=True)
+@click.option("--rounds", default=2, show_default=True)
+@click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/train_step"), show_default=True)
+@click.option("--result", type=click.Path(path_type=Path), help="Append the figures here, a JSON line a case.")
+def main(
+    data: Path, tokenizer: Path, trl: Path | None, every_token: bool, hidden_size: int, layers: int, heads: int,
+    ranks: int, sequence_length: int, global_batch: int, steps: int, warm_up: int, rounds: int, precision: str,
+    work: Path, result: Path | None,
+) -> None:  # fmt: skip
+    """Measure one case and print its figures."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    work = work.resolve()
+    if precision == "auto":
+        precision = measure_precision()
+    parameters = create_llama(tokenizer, work / "model", hidden_size, layers, heads, tied=False)
+    run = prepare(work, _as_text(data, work) if every_token else data, sequence_length, global_batch, steps, precision)
+    rows = _rows(run, global_batch * steps)
+    _write_documents(rows, work / "documents.parquet")
+    case: dict[str, Any] = {
+        "work": str(work), "model": str(work / "model"), "run": str(work / "run.yaml"), "ranks": ranks, "steps": steps,
+        "documents": str(work / "documents.parquet"), "sequence_length": sequence_length, "precision": precision,
+        "global_batch": global_batch,
+    }  # fmt: skip
+    (work / "case.json").write_text(json.dumps(case))
+    rate = matrix_rate(case)
+    config = read_config(work / "model")
+    body = parameters - 2 * config.vocab_size * hidden_size
+    squares = sum(row.work for row in rows) / sum(row.tokens for row in rows)
+    measured: dict[str, list[dict[str, float]]] = {}
+    for _ in range(rounds):
+        for side in SIDES if trl else SIDES[:2]:
+            found = measure(side, case, str(trl or sys.executable), warm_up)
+            # Of the operations of a token, 6 a parameter: 2 forward, 4 backward; causal attention is half a square.
+            found["share_of_the_roof"] = found["tokens_per_second"] * 1e-12 / rate * (
+                6 * body + 6 * layers * hidden_size * squares
+                + 6 * hidden_size * config.vocab_size * found["supervised_share"]
+            )  # fmt: skip
+            measured.setdefault(side, []).append(found)
+            click.echo(f"{side}: {json.dumps(_rounded(found))}", err=True)
+    figures = {
+        "parameters": parameters,
+        **{key: case[key] for key in ("ranks", "sequence_length", "global_batch", "precision")},
+        "data": data.name + (", every token supervised" if every_token else ""),
+        "matrix_products_tflops": rate,
+        **{side: _medians(runs) for side, runs in measured.items()},
+        "machine": machine(),
+    }
+    ours = figures["bigtune"]["tokens_per_second"]
+    figures["times_as_fast_as"] = {
+        side: ours / figures[side]["tokens_per_second"] for side in measured if side != "bigtune"
+    }
+    click.echo(json.dumps(_rounded(figures), indent=1))
+    if result:
+        with result.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_rounded(figures)) + "\n")
+
+
+def prepare(work: Path, data: Path, length: int, global_batch: int, steps: int, precision: str) -> Run:
+    run = resolve(
+        {
+            "model": {"path": str(work / "model")},
+            "data": {"sources": [{"path": str(data.resolve())}], "sequence_length": length},
+            "optim": {"name": "adamw", "learning_rate": 1e-4, "schedule": "constant"},
+            "train": {"steps": steps, "global_batch": global_batch, "precision": precision},
+            "output": str(work / "run"),
+        }
+    )
+    (work / "run.yaml").write_text(to_yaml(run), encoding="utf-8")
+    api.prepare(run)
+    return run
+
+
+def measure(side: str, case: dict[str, Any], trl: str, warm_up: int) -> dict[str, float]:
+    """One side's run: tokens a second after the warm-up, seconds from the command to the end of the first step."""
+    shutil.rmtree(Path(case["work"]) / "run" / "checkpoints", ignore_errors=True)
+    (Path(case["work"]) / "run" / "metrics.jsonl").unlink(missing_ok=True)
+    began = time.monotonic()
+    with subprocess.Popen(
+        _command(side, case, trl), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"},
+    ) as process:  # fmt: skip
+        lines: queue.Queue[float] = queue.Queue()
+        output: list[str] = []
+        reader = threading.Thread(target=_read, args=(process, output, lines))
+        reader.start()
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, _memory(process.pid))
+            time.sleep(0.2)
+        reader.join()
+    if process.returncode:
+        sys.exit("".join(output[-40:]))
+    path = Path(case["work"]) / ("run/metrics.jsonl" if side == "bigtune" else f"{side}.jsonl")
+    steps = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(steps) == case["steps"], f"{side}: {len(steps)} steps"
+    after = steps[warm_up:]
+    tokens, supervised = (sum(step[key] for step in after) for key in ("tokens", "supervised_tokens"))
+    return {
+        "tokens_per_second": tokens / (after[-1]["time"] - steps[warm_up - 1]["time"]),
+        "supervised_share": supervised / tokens,
+        "first_step_seconds": lines.get_nowait() - began,
+        "peak_memory_gib": peak / 2**30,
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+    }
+
+
+def _read(process: "subprocess.Popen[str]", output: list[str], first: "queue.Queue[float]") -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        output.append(line)
+        if line.startswith(("memory of a rank", "first step")):
+            first.put(time.monotonic())
+
+
+def _command(side: str, case: dict[str, Any], trl: str) -> list[str]:
+    if side == "bigtune":
+        return [sys.executable, "-m", "bigtune.cli", "train", case["run"], "--ranks", str(case["ranks"])]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    python = trl if side == "trl" else sys.executable
+    options = ["--num_accelerators", str(case["ranks"]), "--master_port", str(port)]
+    arguments = [str(HERE / f"{side}_rank.py"), str(Path(case["work"]) / "case.json")]
+    return [python, "-m", "deepspeed.launcher.runner", *options, *arguments]
+
+
+def matrix_rate(case: dict[str, Any]) -> float:
+    """10^12 operations a second of matrix products in the case's precision, all ranks at once."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "rate.py"), case["model"], case["precision"], str(rank), str(case["ranks"])],
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(case["ranks"])
+    ]
+    return sum(float(process.communicate()[0]) for process in processes)
+
+
+def _rows(run: Run, count: int) -> list[Row]:
+    opened = open_rows(run)
+    rows, _ = opened.take(Position(), count)
+    opened.close()
+    return rows
+
+
+def _write_documents(rows: list[Row], path: Path) -> None:
+    """For TRL, tokenized: what is not learnt has label -100."""
+    ids, labels = [], []
+    for document in (document for row in rows for document in row.documents):
+        tokens = document.input_ids.tolist()
+        learnt = [-100] * len(tokens)
+        for start, end in document.spans.tolist():
+            learnt[start:end] = tokens[start:end]
+        ids.append(tokens)
+        labels.append(learnt)
+    pq.write_table(pa.table({"input_ids": ids, "labels": labels}), path)
+
+
+def _as_text(data: Path, work: Path) -> Path:
+    """The same rows as plain text."""
+    path = work / "text.jsonl"
+    lines = (json.loads(line) for line in data.read_text(encoding="utf-8").splitlines())
+    path.write_text("".join(json.dumps({"text": "\n".join(map(str, row.values()))}) + "\n" for row in lines))
+    return path
+
+
+def _memory(pid: int) -> int:
+    """Bytes of a command's processes, what they share counted once each."""
+    total = 0
+    try:
+        for process in psutil.Process(pid).children(recursive=True):
+            total += process.memory_info().rss
+    except psutil.Error:
+        pass
+    return total
+
+
+def _medians(runs: list[dict[str, float]]) -> dict[str, Any]:
+    medians: dict[str, Any] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    return medians | {"tokens_per_second_of_each": [run["tokens_per_second"] for run in runs]}
+
+
+def machine() -> dict[str, Any]:
+    import deepspeed
+    import torch
+    import transformers
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "flags": [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags],
+        "torch": torch.__version__, "deepspeed": deepspeed.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+
+
+def _rounded(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {name: _rounded(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_rounded(value) for value in tree]
+    return float(f"{tree:.4g}") if isinstance(tree, float) else tree
+
+
+if __name__ == "__main__":
+    main()
