@@ -12,7 +12,6 @@ that it is told within a run as well: how much longer the steps with a save are 
 
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -29,6 +28,9 @@ import torch
 from bigtune import api
 from bigtune.model.create import create_llama
 from bigtune.runfile import resolve, to_yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from machine import machine  # scripts share it
 
 MODES: dict[str, dict[str, Any]] = {
     "without": {"every_steps": None},
@@ -96,8 +98,7 @@ def main(
         "seconds_to_write": {mode: values for mode, values in written.items() if values},
         "deepspeed_seconds": own,
         "disk_gb_a_second": disk,
-        "cores": os.cpu_count(),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "machine": machine(),
     }
     click.echo(json.dumps(figures, indent=1))
     if result:

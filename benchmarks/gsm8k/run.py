@@ -7,8 +7,6 @@ and tokens a second over the steps after the first ones, by the clock of metrics
 """
 
 import json
-import os
-import platform
 import shutil
 import statistics
 import sys
@@ -24,6 +22,9 @@ from bigtune.checkpoint.folder import latest, read_json
 from bigtune.launch.local import gpus
 from bigtune.model.create import create_llama
 from bigtune.runfile import load_run
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from machine import machine  # scripts share it
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "gsm8k.yaml"
 WARM_UP = 5
@@ -99,27 +100,6 @@ def main(
     click.echo(text, nl=False)
     if result:
         result.write_text(text, encoding="utf-8")
-
-
-def machine() -> dict[str, Any]:
-    """What ran it, and with which versions."""
-    import deepspeed
-    import torch
-    import transformers
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "cpu_bfloat16": [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags],
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 if __name__ == "__main__":

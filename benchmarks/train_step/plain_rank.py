@@ -1,6 +1,6 @@
 """One rank of the plain loop: transformers' model and loss, DeepSpeed's ZeRO-3, torch's AdamW.
 
-deepspeed --num_accelerators N plain_rank.py CASE.json
+deepspeed --num_accelerators N plain_rank.py WORK
 """
 
 import json
@@ -12,7 +12,8 @@ from pathlib import Path
 from bigtune.dist import World
 from bigtune.train.cores import bind
 
-case = json.loads(Path(sys.argv[-1]).read_text())
+work = Path(sys.argv[-1])
+case = json.loads((work / "case.json").read_text())
 bind(World.from_environment())
 
 import deepspeed  # noqa: E402
@@ -36,9 +37,9 @@ config = {
     "zero_allow_untested_optimizer": True,
 }
 alive = HfDeepSpeedConfig(config)
-model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=getattr(torch, case["precision"]))
+model = AutoModelForCausalLM.from_pretrained(str(work / "model"), dtype=getattr(torch, case["precision"]))
 engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4), config=config)
-rows = open_rows(load_run(case["run"], ()))
+rows = open_rows(load_run(str(work / "run.yaml"), ()))
 lines = []
 with Loader(rows, Position(), world, 1, case["global_batch"]) as loader:
     for number in range(case["steps"]):
@@ -64,6 +65,6 @@ with Loader(rows, Position(), world, 1, case["global_batch"]) as loader:
         if world.is_main and number == 0:
             print("first step", flush=True)
 if world.is_main:
-    (Path(case["work"]) / "plain.jsonl").write_text("".join(lines))
+    (work / "plain.jsonl").write_text("".join(lines))
 torch.distributed.barrier()
 os._exit(0)

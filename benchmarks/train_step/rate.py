@@ -1,17 +1,16 @@
 """How many 10^12 operations a second one rank does in the products of a model's layers, while the others do the same.
 
-python rate.py MODEL PRECISION RANK RANKS
+python rate.py MODEL PRECISION
 """
 
-import os
 import sys
 import time
 
-model, precision, rank, ranks = sys.argv[1:]
-cores = sorted(os.sched_getaffinity(0))
-share = cores[int(rank) * len(cores) // int(ranks) : (int(rank) + 1) * len(cores) // int(ranks)]
-os.sched_setaffinity(0, share)
-os.environ["OMP_NUM_THREADS"] = str(len(share))
+from bigtune.dist import World
+from bigtune.train.cores import bind
+
+model, precision = sys.argv[1:]
+bind(World.from_environment())
 
 import torch  # noqa: E402
 from transformers import AutoConfig  # noqa: E402

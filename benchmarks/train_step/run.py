@@ -1,6 +1,6 @@
 """How fast is the step? bigtune, TRL's SFTTrainer and a plain transformers and DeepSpeed loop, on the same rows.
 
-    python -m venv trl && trl/bin/pip install "torch==2.13.0" "deepspeed==0.19.8" "trl==1.16.0" click
+    python -m venv trl && trl/bin/pip install "torch==2.13.0" "deepspeed==0.19.8" "trl==1.16.0"
     python benchmarks/train_step/run.py --data gsm8k/train.jsonl --tokenizer tokenizer.json --trl trl/bin/python
 
 The sides take turns, each in new processes, with the same model, precision, ranks, threads and cores. bigtune packs;
@@ -13,8 +13,6 @@ supervised token, and attention within documents. Embeddings count nothing.
 
 import json
 import os
-import platform
-import queue
 import shutil
 import socket
 import statistics
@@ -22,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,9 @@ from bigtune.model.load import read_config
 from bigtune.runfile import resolve, to_yaml
 from bigtune.train.fit import open_rows
 from bigtune.train.precision import measure_precision
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from machine import machine  # scripts share it
 
 HERE = Path(__file__).parent
 SIDES = ("bigtune", "plain", "trl")
@@ -76,19 +78,18 @@ def main(
     rows = _rows(run, global_batch * steps)
     _write_documents(rows, work / "documents.parquet")
     case: dict[str, Any] = {
-        "work": str(work), "model": str(work / "model"), "run": str(work / "run.yaml"), "ranks": ranks, "steps": steps,
-        "documents": str(work / "documents.parquet"), "sequence_length": sequence_length, "precision": precision,
-        "global_batch": global_batch,
+        "ranks": ranks, "steps": steps, "sequence_length": sequence_length, "global_batch": global_batch,
+        "precision": precision,
     }  # fmt: skip
     (work / "case.json").write_text(json.dumps(case))
-    rate = matrix_rate(case)
+    rate = matrix_rate(work, ranks, precision)
     config = read_config(work / "model")
     body = parameters - 2 * config.vocab_size * hidden_size
     squares = sum(row.work for row in rows) / sum(row.tokens for row in rows)
     measured: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
         for side in SIDES if trl else SIDES[:2]:
-            found = measure(side, case, str(trl or sys.executable), warm_up)
+            found = measure(side, work, case, str(trl or sys.executable), warm_up)
             # Of the operations of a token, 6 a parameter: 2 forward, 4 backward; causal attention is half a square.
             found["share_of_the_roof"] = found["tokens_per_second"] * 1e-12 / rate * (
                 6 * body + 6 * layers * hidden_size * squares
@@ -98,7 +99,7 @@ def main(
             click.echo(f"{side}: {json.dumps(_rounded(found))}", err=True)
     figures = {
         "parameters": parameters,
-        **{key: case[key] for key in ("ranks", "sequence_length", "global_batch", "precision")},
+        **case,
         "data": data.name + (", every token supervised" if every_token else ""),
         "matrix_products_tflops": rate,
         **{side: _medians(runs) for side, runs in measured.items()},
@@ -129,78 +130,74 @@ def prepare(work: Path, data: Path, length: int, global_batch: int, steps: int, 
     return run
 
 
-def measure(side: str, case: dict[str, Any], trl: str, warm_up: int) -> dict[str, float]:
+def measure(side: str, work: Path, case: dict[str, Any], trl: str, warm_up: int) -> dict[str, float]:
     """One side's run: tokens a second after the warm-up, seconds from the command to the end of the first step."""
-    shutil.rmtree(Path(case["work"]) / "run" / "checkpoints", ignore_errors=True)
-    (Path(case["work"]) / "run" / "metrics.jsonl").unlink(missing_ok=True)
-    began = time.monotonic()
+    shutil.rmtree(work / "run" / "checkpoints", ignore_errors=True)
+    (work / "run" / "metrics.jsonl").unlink(missing_ok=True)
+    output: list[tuple[float, str]] = []
+    began, peak = time.monotonic(), 0
     with subprocess.Popen(
-        _command(side, case, trl), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        _command(side, work, case["ranks"], trl), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"},
     ) as process:  # fmt: skip
-        lines: queue.Queue[float] = queue.Queue()
-        output: list[str] = []
-        reader = threading.Thread(target=_read, args=(process, output, lines))
+        reader = threading.Thread(target=_read, args=(process, output))
         reader.start()
-        peak = 0
         while process.poll() is None:
             peak = max(peak, _memory(process.pid))
             time.sleep(0.2)
         reader.join()
     if process.returncode:
-        sys.exit("".join(output[-40:]))
-    path = Path(case["work"]) / ("run/metrics.jsonl" if side == "bigtune" else f"{side}.jsonl")
+        sys.exit("".join(line for _, line in output[-40:]))
+    path = work / ("run/metrics.jsonl" if side == "bigtune" else f"{side}.jsonl")
     steps = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(steps) == case["steps"], f"{side}: {len(steps)} steps"
     after = steps[warm_up:]
     tokens, supervised = (sum(step[key] for step in after) for key in ("tokens", "supervised_tokens"))
+    first = next(when for when, line in output if line.startswith(("memory of a rank", "first step")))
     return {
         "tokens_per_second": tokens / (after[-1]["time"] - steps[warm_up - 1]["time"]),
         "supervised_share": supervised / tokens,
-        "first_step_seconds": lines.get_nowait() - began,
+        "first_step_seconds": first - began,
         "peak_memory_gib": peak / 2**30,
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
     }
 
 
-def _read(process: "subprocess.Popen[str]", output: list[str], first: "queue.Queue[float]") -> None:
+def _read(process: "subprocess.Popen[str]", output: list[tuple[float, str]]) -> None:
+    """What a command prints, and when."""
     assert process.stdout is not None
-    for line in process.stdout:
-        output.append(line)
-        if line.startswith(("memory of a rank", "first step")):
-            first.put(time.monotonic())
+    output.extend((time.monotonic(), line) for line in process.stdout)
 
 
-def _command(side: str, case: dict[str, Any], trl: str) -> list[str]:
+def _command(side: str, work: Path, ranks: int, trl: str) -> list[str]:
     if side == "bigtune":
-        return [sys.executable, "-m", "bigtune.cli", "train", case["run"], "--ranks", str(case["ranks"])]
+        return [sys.executable, "-m", "bigtune.cli", "train", str(work / "run.yaml"), "--ranks", str(ranks)]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     python = trl if side == "trl" else sys.executable
-    options = ["--num_accelerators", str(case["ranks"]), "--master_port", str(port)]
-    arguments = [str(HERE / f"{side}_rank.py"), str(Path(case["work"]) / "case.json")]
-    return [python, "-m", "deepspeed.launcher.runner", *options, *arguments]
+    options = ["--num_accelerators", str(ranks), "--master_port", str(port)]
+    return [python, "-m", "deepspeed.launcher.runner", *options, str(HERE / f"{side}_rank.py"), str(work)]
 
 
-def matrix_rate(case: dict[str, Any]) -> float:
-    """10^12 operations a second of matrix products in the case's precision, all ranks at once."""
+def matrix_rate(work: Path, ranks: int, precision: str) -> float:
+    """10^12 operations a second of matrix products of the model's shapes, all ranks at once."""
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "rate.py"), case["model"], case["precision"], str(rank), str(case["ranks"])],
+            [sys.executable, str(HERE / "rate.py"), str(work / "model"), precision],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
         )
-        for rank in range(case["ranks"])
+        for rank in range(ranks)
     ]
     return sum(float(process.communicate()[0]) for process in processes)
 
 
 def _rows(run: Run, count: int) -> list[Row]:
-    opened = open_rows(run)
-    rows, _ = opened.take(Position(), count)
-    opened.close()
-    return rows
+    with closing(open_rows(run)) as rows:
+        return rows.take(Position(), count)[0]
 
 
 def _write_documents(rows: list[Row], path: Path) -> None:
@@ -225,7 +222,7 @@ def _as_text(data: Path, work: Path) -> Path:
 
 
 def _memory(pid: int) -> int:
-    """Bytes of a command's processes, what they share counted once each."""
+    """Resident bytes of a command's processes, added up: what they share counts in each."""
     total = 0
     try:
         for process in psutil.Process(pid).children(recursive=True):
@@ -238,22 +235,6 @@ def _memory(pid: int) -> int:
 def _medians(runs: list[dict[str, float]]) -> dict[str, Any]:
     medians: dict[str, Any] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     return medians | {"tokens_per_second_of_each": [run["tokens_per_second"] for run in runs]}
-
-
-def machine() -> dict[str, Any]:
-    import deepspeed
-    import torch
-    import transformers
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "flags": [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags],
-        "torch": torch.__version__, "deepspeed": deepspeed.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
 
 
 def _rounded(tree: Any) -> Any:

@@ -1,6 +1,6 @@
 """One rank of TRL's SFTTrainer, packing its documents, under ZeRO-3; it needs nothing of bigtune.
 
-deepspeed --num_accelerators N trl_rank.py CASE.json
+deepspeed --num_accelerators N trl_rank.py WORK
 """
 
 import json
@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-case = json.loads(Path(sys.argv[-1]).read_text())
+work = Path(sys.argv[-1])
+case = json.loads((work / "case.json").read_text())
 # The same cores and threads as bigtune's workers.
 cores, rank = sorted(os.sched_getaffinity(0)), int(os.environ["LOCAL_RANK"])
 mine = cores[rank * len(cores) // case["ranks"] : (rank + 1) * len(cores) // case["ranks"]]
@@ -26,7 +27,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 bfloat16 = case["precision"] == "bfloat16"
 batches = case["global_batch"] // case["ranks"]
 arguments = SFTConfig(
-    output_dir=f"{case['work']}/trl", packing=True, max_length=case["sequence_length"], max_steps=case["steps"],
+    output_dir=f"{work}/trl", packing=True, max_length=case["sequence_length"], max_steps=case["steps"],
     per_device_train_batch_size=1, gradient_accumulation_steps=batches, learning_rate=1e-4,
     lr_scheduler_type="constant", optim="adamw_torch", bf16=bfloat16, use_cpu=True,
     gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
@@ -55,12 +56,12 @@ class Clock(TrainerCallback):
 
 
 trainer = SFTTrainer(
-    case["model"],
+    str(work / "model"),
     args=arguments,
     train_dataset=load_dataset(
-        "parquet", data_files=case["documents"], split="train", cache_dir=f"{case['work']}/cache"
+        "parquet", data_files=str(work / "documents.parquet"), split="train", cache_dir=f"{work}/cache"
     ),
-    processing_class=AutoTokenizer.from_pretrained(case["model"]),
+    processing_class=AutoTokenizer.from_pretrained(str(work / "model")),
     callbacks=[Clock()],
 )
 collate = trainer.data_collator
@@ -81,6 +82,6 @@ if rank == 0:
         {"tokens": tokens, "supervised_tokens": supervised, "loss": loss, "time": end}
         for (tokens, supervised), loss, end in zip(counts.tolist(), losses, ends, strict=True)
     ]
-    (Path(case["work"]) / "trl.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (work / "trl.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 torch.distributed.barrier()
 os._exit(0)
