@@ -188,7 +188,7 @@ def wait_for(moment: str, story: Story, process: "subprocess.Popen[bytes]", chan
             else:
                 for _ in range(chance.randrange(4)):  # which of the next saves
                     wait_for_save(story, process)
-                    time.sleep(0.05)
+                    wait_for_save(story, process, over=True)
         if training and moment == "while saving":
             wait_for_save(story, process)
             time.sleep(chance.uniform(0, 0.03))
@@ -196,9 +196,10 @@ def wait_for(moment: str, story: Story, process: "subprocess.Popen[bytes]", chan
         time.sleep(0.002)
 
 
-def wait_for_save(story: Story, process: "subprocess.Popen[bytes]") -> None:
+def wait_for_save(story: Story, process: "subprocess.Popen[bytes]", over: bool = False) -> None:
+    """Until one is under way, or the one that is has come to its end."""
     while process.poll() is None:
-        if any(path.is_dir() for path in (story.folder / "checkpoints").glob("step-*.partial")):
+        if any(path.is_dir() for path in (story.folder / "checkpoints").glob("step-*.partial")) != over:
             return
         time.sleep(0.0005)
 
