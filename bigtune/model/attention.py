@@ -189,18 +189,14 @@ def _cuts(offsets: Offsets, device: torch.device) -> tuple[torch.Tensor, int]:
 
 
 def _by_document(qkv: QKV, offsets: Offsets, asked: Asked) -> torch.Tensor:
-    query, key, value = qkv
+    grouped = qkv[0].shape[1] != qkv[1].shape[1]
+    lengths = [end - start for start, end in pairwise(offsets)]
+    # Split, not sliced: in the backward pass a slice fills a whole tensor with zeros, for each document anew.
     parts = [
         scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            dropout_p=asked.dropout,
-            scale=asked.scale,
-            is_causal=True,
-            enable_gqa=query.shape[1] != key.shape[1],
+            *document, dropout_p=asked.dropout, scale=asked.scale, is_causal=True, enable_gqa=grouped
         )
-        for start, end in pairwise(offsets)
+        for document in zip(*(tensor.split(lengths, dim=2) for tensor in qkv), strict=True)
     ]
     return torch.cat(parts, dim=2)
 

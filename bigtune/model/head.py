@@ -37,17 +37,21 @@ class LossHead(nn.Module):
         self.change, self.loss = change, loss
 
     def forward(
-        self, hidden_D: torch.Tensor, targets_T: torch.Tensor | None = None, weights_T: torch.Tensor | None = None
+        self,
+        hidden_D: torch.Tensor,
+        targets_T: torch.Tensor | None = None,
+        weights_T: torch.Tensor | None = None,
+        weighted: bool = True,
     ) -> Losses | torch.Tensor:
         """The loss of T positions, of hidden states [T, D]; 0 for T = 0.
 
-        `weights_T` is float32; weights of 1 change no bit of the plain sum and its gradients. Without targets this is
-        the plain output layer that the model's own forward pass expects: logits [..., V] of hidden states [..., D].
+        `weights_T` is float32; `weighted` tells whether any is not 1. Without targets this is the plain output layer
+        that the model's own forward pass expects: logits [..., V] of hidden states [..., D].
         """
         if targets_T is None or weights_T is None:
             return nn.functional.linear(hidden_D, self.weight, self.bias)
         losses: Losses = _ChunkedLoss.apply(
-            hidden_D, self.weight, self.bias, targets_T, weights_T, self.change, self.loss
+            hidden_D, self.weight, self.bias, targets_T, weights_T, weighted, self.change, self.loss
         )
         return losses
 
@@ -65,6 +69,7 @@ class _ChunkedLoss(torch.autograd.Function):
         bias_V: torch.Tensor | None,
         targets_T: torch.Tensor,
         weights_T: torch.Tensor,
+        weighted: bool,
         change: Change,
         loss: Loss,
     ) -> Losses:
@@ -74,7 +79,8 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden_TD = torch.zeros_like(hidden_TD)
         grad_weight_VD = None  # where the output layer is frozen
         if ctx.needs_input_grad[1]:
-            grad_weight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
+            first = torch.empty if tokens else torch.zeros
+            grad_weight_VD = first(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         chunk = max(1, CHUNK_LOGITS // vocabulary)
         for start in range(0, tokens, chunk):
@@ -85,7 +91,8 @@ class _ChunkedLoss(torch.autograd.Function):
             minimised_C, plain_C, grad_CV = each_token(logits_CV, targets_C, change, loss)
             minimised += (minimised_C * weights_C).sum()
             plain += (plain_C * weights_C).sum()
-            grad_CV *= weights_C[:, None]  # always: to ask whether any is not 1 would make a GPU wait
+            if weighted:
+                grad_CV *= weights_C[:, None]
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(hidden_CD.dtype)
@@ -93,9 +100,11 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_weight_VD is None:
                 continue
             if hidden_CD.dtype == torch.float32:
-                grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
-            else:
+                grad_weight_VD.addmm_(grad_CV.T, hidden_CD, beta=float(start > 0))  # 0 reads nothing
+            elif start:
                 grad_weight_VD += grad_CV.T @ hidden_CD
+            else:
+                grad_weight_VD.copy_(grad_CV.T @ hidden_CD)
         ctx.save_for_backward(grad_hidden_TD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype))
         ctx.grad_bias_V = None if grad_bias_V is None or bias_V is None else grad_bias_V.to(bias_V.dtype)
         ctx.mark_non_differentiable(plain)
@@ -107,15 +116,16 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_bias_V = None if ctx.grad_bias_V is None else ctx.grad_bias_V * grad_loss
         if grad_weight_VD is not None:
             grad_weight_VD.mul_(grad_loss)
-        return grad_hidden_TD * grad_loss, grad_weight_VD, grad_bias_V, None, None, None, None
+        return grad_hidden_TD * grad_loss, grad_weight_VD, grad_bias_V, None, None, None, None, None
 
 
 def full_logits_loss(logits_TV: torch.Tensor, targets_T: torch.Tensor, weights_T: torch.Tensor, loss: Loss) -> Losses:
     """The same from logits that the model itself has computed, all at once."""
     logits = logits_TV.float()
     log_sum, chosen = torch.logsumexp(logits, dim=-1), logits.gather(1, targets_T[:, None]).squeeze(1)
+    mean = logits.mean(-1) if loss.label_smoothing else None
     plain = ((log_sum - chosen) * weights_T).sum().detach()
-    return (minimise(logits, log_sum, chosen, loss) * weights_T).sum(), plain
+    return (minimise(log_sum, chosen, mean, loss) * weights_T).sum(), plain
 
 
 def replace_head(model: PreTrainedModel, loss: Loss = Loss()) -> LossHead | None:  # noqa: B008  # frozen

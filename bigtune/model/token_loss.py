@@ -75,11 +75,14 @@ def _liger(logits_CV: torch.Tensor, targets_C: torch.Tensor, change: Change, los
 
 def _torch(logits_CV: torch.Tensor, targets_C: torch.Tensor, change: Change, loss: Loss) -> Each:
     logits_CV, slope_CV = changed(logits_CV, change)
-    log_sum_C = torch.logsumexp(logits_CV, dim=-1)
     chosen_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1)
-    minimised_C = minimise(logits_CV, log_sum_C, chosen_C, loss)
-    # For the plain loss the gradient is softmax - one-hot.
-    grad_CV = logits_CV.sub_(log_sum_C[:, None]).exp_()
+    most_C = logits_CV.amax(-1)
+    mean_C = logits_CV.mean(-1) if loss.label_smoothing else None
+    # A softmax reads and writes the logits once where logsumexp goes over them five times. Its largest value, which is
+    # never small, tells the sum. For the plain loss the gradient is softmax - one-hot.
+    grad_CV = torch.softmax(logits_CV, -1, out=logits_CV)
+    log_sum_C = most_C - grad_CV.amax(-1).log()
+    minimised_C = minimise(log_sum_C, chosen_C, mean_C, loss)
     if loss.z_loss:
         grad_CV *= 1.0 + 2.0 * loss.z_loss * log_sum_C[:, None]
     if loss.label_smoothing:
@@ -101,10 +104,18 @@ def changed(logits: torch.Tensor, change: Change) -> tuple[torch.Tensor, torch.T
     return logits.mul_(change.softcap), slope
 
 
-def minimise(logits: torch.Tensor, log_sum: torch.Tensor, chosen: torch.Tensor, loss: Loss) -> torch.Tensor:
+def minimise(
+    log_sum: torch.Tensor, chosen: torch.Tensor, mean: torch.Tensor | None, loss: Loss
+) -> torch.Tensor:
     """Cross-entropy with smoothed labels (https://arxiv.org/abs/1512.00567) and a penalty on the square of the
-    partition function's logarithm, the z-loss (https://arxiv.org/abs/2204.02311), of each position [C]."""
+    partition function's logarithm, the z-loss (https://arxiv.org/abs/2204.02311), of each position [C].
+
+    Args:
+        log_sum: the logarithm of the partition function.
+        chosen: the target's logit.
+        mean: of all logits, where labels are smoothed.
+    """
     each = log_sum - chosen
-    if loss.label_smoothing:
-        each = log_sum - (1.0 - loss.label_smoothing) * chosen - loss.label_smoothing * logits.mean(-1)
+    if mean is not None:
+        each = log_sum - (1.0 - loss.label_smoothing) * chosen - loss.label_smoothing * mean
     return each + loss.z_loss * log_sum.square() if loss.z_loss else each

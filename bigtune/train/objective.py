@@ -81,7 +81,8 @@ class Objective(nn.Module):
             losses = full_logits_loss(output.logits[0][predict_at_T], targets_T, weights_T, self.loss)
         else:
             output = self.model.base_model(**inputs, **routed)
-            losses = self.head(output[0][0][predict_at_T], targets_T, weights_T)
+            weighted = bool((batch.weights != 1.0).any())  # asked here, where a GPU need not be waited for
+            losses = self.head(output[0][0][predict_at_T], targets_T, weights_T, weighted)
         aux = torch.zeros((), device=device())
         if self.aux_loss and batch.tokens and output.router_logits:
             offsets, chosen = batch.document_offsets.tolist(), self.model.config.num_experts_per_tok

@@ -30,12 +30,12 @@ def problem(
 
 def by_head(
     dtype: torch.dtype, scale: float = 1.0, weights: Sequence[float] = WEIGHTS,
-    change: Change = PLAIN, kind: Loss = NO_MORE, **shape: Any,
+    change: Change = PLAIN, kind: Loss = NO_MORE, weighted: bool = True, **shape: Any,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Loss and gradients of hidden states, weight and bias; the loss is scaled before backward."""
     hidden, layer, targets = problem(dtype, **shape)
     module = LossHead(layer, change, kind)
-    loss, plain = module(hidden, targets, torch.tensor(weights[: len(targets)], dtype=torch.float32))
+    loss, plain = module(hidden, targets, torch.tensor(weights[: len(targets)], dtype=torch.float32), weighted)
     assert (loss.dtype, loss.shape) == (torch.float32, ())
     assert not plain.requires_grad
     if kind == NO_MORE:
@@ -46,7 +46,7 @@ def by_head(
 
 def by_full_logits(
     scale: float = 1.0, exact: torch.dtype = torch.float32, weights: Sequence[float] = WEIGHTS,
-    change: Change = PLAIN, kind: Loss = NO_MORE, **shape: Any,
+    change: Change = PLAIN, kind: Loss = NO_MORE, weighted: bool = True, **shape: Any,
 ) -> list[torch.Tensor]:  # fmt: skip
     """The same by torch in one piece, from the values that `exact` rounds the problem to, computed in float64."""
     hidden, layer, targets = problem(exact, **shape)
@@ -160,24 +160,10 @@ def test_large_logits_do_not_overflow() -> None:
     assert torch.isfinite(loss)
 
 
-def plain(dtype: torch.dtype) -> list[torch.Tensor]:
-    """The head's arithmetic on one chunk, from before there were weights."""
-    hidden, layer, targets = problem(dtype)
-    with torch.no_grad():
-        logits = linear(hidden, *layer.parameters()).float()
-        log_sum = torch.logsumexp(logits, dim=-1)
-        loss = (log_sum - logits.gather(1, targets[:, None]).squeeze(1)).sum()
-        slope = (logits - log_sum[:, None]).exp()
-        slope[torch.arange(TOKENS), targets] -= 1.0
-        rounded = slope.to(dtype)
-        zeros = torch.zeros_like(layer.weight)
-        weight_gradient = zeros.addmm_(rounded.T, hidden) if dtype == torch.float32 else rounded.T @ hidden
-        return [loss, rounded @ layer.weight, weight_gradient, slope.sum(0).to(dtype)]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_of_one_change_no_bit(dtype: torch.dtype) -> None:
-    for one, other in zip(by_head(dtype, weights=[1.0] * TOKENS), plain(dtype), strict=True):
+    ones = [1.0] * TOKENS
+    for one, other in zip(by_head(dtype, weights=ones), by_head(dtype, weights=ones, weighted=False), strict=True):
         assert torch.equal(one, other)
 
 

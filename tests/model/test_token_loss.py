@@ -36,6 +36,21 @@ def no_scale(logits: torch.Tensor, targets: torch.Tensor, change: Change, loss: 
     return _torch(logits, targets, Change(1.0, change.softcap), loss)
 
 
+@pytest.mark.parametrize("spread", [0.01, 3.0, 300.0])
+def test_losses_and_gradients_are_those_of_float64(spread: float) -> None:
+    """Also where the target's probability is 0 in float32."""
+    random = torch.Generator().manual_seed(1)
+    logits = spread * torch.randn(9, 50_000, generator=random)
+    targets = torch.randint(50_000, (9,), generator=random)
+    wide = logits.double().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+    (wanted_gradient,) = torch.autograd.grad(wanted.sum(), wide)
+    minimised, plain, gradient = _torch(logits, targets, Change(), Loss())
+    assert torch.equal(minimised, plain)
+    torch.testing.assert_close(plain.double(), wanted.detach(), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=2e-5 if spread < 300 else 2e-4, atol=1e-9)
+
+
 def test_a_kernel_that_gives_the_same_is_able() -> None:
     assert all(_able(exact, change, loss, CPU) for change, loss in KINDS)
 
