@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,18 @@ from tests.distributed import run_distributed
 from tests.tiny import tiny_run
 
 RANKS = 2
+
+
+SHARE = "bigtune.train.whole.Wholes.of"
+
+
+def nothing_shared(*_: Any) -> None:
+    """In place of `SHARE`: as if each rank were on a host of its own, with DeepSpeed's own collectives."""
+
+
+def memory(shared: bool) -> AbstractContextManager[Any]:
+    """Whether an engine that is built under it finds that ranks share the host's memory."""
+    return nullcontext() if shared else mock.patch(SHARE, nothing_shared)
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,7 @@ def metrics(run: Run) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
     timing = (
         "time", "step_seconds", "data_seconds", "tokens_per_second", "rank_seconds", "peak_memory_gib", "memory_gib",
+        "phase_seconds",
     )  # fmt: skip
     return [{key: value for key, value in line.items() if key not in timing} for line in lines]
 

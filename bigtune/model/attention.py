@@ -19,6 +19,7 @@ Shapes: B batch (always 1), S tokens of the flat sequence, H query heads, K key 
 N documents.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -48,6 +49,8 @@ UNKNOWN = {
 """Options of transformers' layers that no kernel here knows."""
 
 
+GROUPED = "enable_gqa"
+"""How torch's kernels are told that several query heads share a key."""
 Offsets = tuple[int, ...]
 Kernel = Callable[[QKV, Offsets, Asked], torch.Tensor]
 
@@ -173,10 +176,14 @@ def _flash_attn(qkv: QKV, offsets: Offsets, asked: Asked) -> torch.Tensor:
 def _varlen_attn(qkv: QKV, offsets: Offsets, asked: Asked) -> torch.Tensor:
     from torch.nn.attention import varlen
 
-    # Older releases know no grouped queries, and no argument for them.
-    options: dict[str, Any] = {"enable_gqa": True} if qkv[0].shape[1] != qkv[1].shape[1] else {}
-    options |= {"scale": asked.scale, "window_size": (-1 if asked.window is None else asked.window - 1, 0)}
+    options: dict[str, Any] = {"scale": asked.scale}
+    options["window_size"] = (-1 if asked.window is None else asked.window - 1, 0)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in qkv)
+    group = query.shape[1] // key.shape[1]
+    if group > 1 and GROUPED in inspect.signature(varlen.varlen_attn).parameters:
+        options[GROUPED] = True
+    elif group > 1:  # torch 2.11 knows no grouped queries
+        key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
     cuts_N, longest = _cuts(offsets, query.device)
     attended = cast(torch.Tensor, varlen.varlen_attn(query, key, value, cuts_N, cuts_N, longest, longest, **options))
     return attended.transpose(0, 1)[None]
@@ -194,9 +201,9 @@ def _by_document(qkv: QKV, offsets: Offsets, asked: Asked) -> torch.Tensor:
     # Split, not sliced: in the backward pass a slice fills a whole tensor with zeros, for each document anew.
     parts = [
         scaled_dot_product_attention(
-            *document, dropout_p=asked.dropout, scale=asked.scale, is_causal=True, enable_gqa=grouped
+            query, key, value, None, asked.dropout, is_causal=True, scale=asked.scale, enable_gqa=grouped
         )
-        for document in zip(*(tensor.split(lengths, dim=2) for tensor in qkv), strict=True)
+        for query, key, value in zip(*(tensor.split(lengths, dim=2) for tensor in qkv), strict=True)
     ]
     return torch.cat(parts, dim=2)
 

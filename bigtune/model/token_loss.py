@@ -104,9 +104,7 @@ def changed(logits: torch.Tensor, change: Change) -> tuple[torch.Tensor, torch.T
     return logits.mul_(change.softcap), slope
 
 
-def minimise(
-    log_sum: torch.Tensor, chosen: torch.Tensor, mean: torch.Tensor | None, loss: Loss
-) -> torch.Tensor:
+def minimise(log_sum: torch.Tensor, chosen: torch.Tensor, mean: torch.Tensor | None, loss: Loss) -> torch.Tensor:
     """Cross-entropy with smoothed labels (https://arxiv.org/abs/1512.00567) and a penalty on the square of the
     partition function's logarithm, the z-loss (https://arxiv.org/abs/2204.02311), of each position [C].
 

@@ -19,7 +19,7 @@ from bigtune.errors import BigtuneError  # noqa: E402
 from bigtune.process import end_with_parent  # noqa: E402
 from bigtune.runfile import load_run  # noqa: E402
 from bigtune.train.console import WorkerConsole  # noqa: E402
-from bigtune.train.cores import bind  # noqa: E402
+from bigtune.train.cores import bind, keep_memory  # noqa: E402
 from bigtune.train.signals import STOPPED, Requests  # noqa: E402
 
 
@@ -37,6 +37,7 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, new_data
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     world = World.from_environment()
     bind(world)
+    keep_memory()
     try:
         run = load_run(run_file, overrides)
         console = WorkerConsole(run.output, world)

@@ -23,15 +23,18 @@ from bigtune.dist import World, all_max, device
 from bigtune.errors import ModelError
 from bigtune.model.adapter import add_adapters
 from bigtune.model.attention import documents
+from bigtune.model.fused import fuse_layers
 from bigtune.model.initial import Initial, vocabulary_parameters
 from bigtune.model.load import EXACT, materialise_buffers, skeleton
 from bigtune.model.recompute import checkpoint_activations
 from bigtune.model.vocabulary import Vocabulary
 from bigtune.model.weights import Weights, tied_names
-from bigtune.train import zero2, zero3
 from bigtune.train.objective import Asked, Objective
 from bigtune.train.optim import build_optimizer, parameter_groups
 from bigtune.train.pace import Pace
+from bigtune.train.phases import Phases
+from bigtune.train.zero2 import Zero2
+from bigtune.train.zero3 import Zero3
 
 
 def connect(world: World) -> None:
@@ -97,23 +100,25 @@ class Engine:
         self.unexpected = weights.unexpected
         materialise_buffers(model, weights, device())  # while the parameters have their shapes
         self.adapted = add_adapters(model, adapter, bool(vocabulary.new_rows)) if adapter else None
+        self.fused = fuse_layers(model)
         initial = Initial(model, weights, seed, vocabulary.new_rows)
-        self._stage = zero2 if ds_config["zero_optimization"]["stage"] == 2 else zero3
+        offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+        self._stage: Zero2 | Zero3 = Zero2() if ds_config["zero_optimization"]["stage"] == 2 else Zero3(world, offload)
         self.parameters: dict[str, nn.Parameter] = self._stage.load(model, initial, ds_config, dtype, world)
         if model.config.model_type not in EXACT:
             _gather_whole_layers(model, self._stage)
         checkpoint_activations(model, activation_checkpointing)
         self.objective = Objective(model, loss)
         self._aux_sum = torch.zeros((), device=device())
-        offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload and cpu_adam else torch.optim.AdamW
         self.world, self.dtype = world, precision
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self.objective,
             optimizer=build_optimizer(parameter_groups(model, optim), optim, adamw),
-            config=ds_config,
+            config=self._stage.settings(ds_config),
         )
-        self._stage.refuse_non_finite(self._optimizer)
+        self.phases = Phases()
+        self._stage.take_over(self._optimizer, self.parameters.values(), self.phases)
         self.pace = Pace(self.objective)
         if self._engine.device.type == "cpu":
             ctypes.CDLL(None).malloc_trim(0)  # what initialize used and freed
@@ -136,13 +141,15 @@ class Engine:
             self._engine.set_gradient_accumulation_boundary(last and index == len(parts) - 1)
             self.pace.done = 0
             with documents(part.document_offsets.tolist()):
-                loss, cross_entropy, aux = self._engine(part)
+                with self.phases.phase("forward"):
+                    loss, cross_entropy, aux = self._engine(part)
                 loss = loss + aux * (weight / max(1, tokens))
                 # 1, or NaN: a loss that is not finite may have a gradient that is, and must not pass by it.
                 finite = 1.0 + 0.0 * (loss + cross_entropy).detach()
-                # DeepSpeed averages gradients over ranks; times world makes that the sum which rule 1 asks for.
-                scale = finite * (self.world.world_size / (weight or 1.0))
-                self._engine.backward(loss * scale, scale_wrt_gas=False)
+                # Where DeepSpeed averages gradients over ranks, times world makes that the sum which rule 1 asks for.
+                scale = finite * ((self.world.world_size if self._stage.averages else 1) / (weight or 1.0))
+                with self.phases.phase("backward"):
+                    self._engine.backward(loss * scale, scale_wrt_gas=False)
             sums.append(cross_entropy)
             self._aux_sum = self._aux_sum + aux.detach()
         return torch.stack(sums).sum()
@@ -178,7 +185,8 @@ class Engine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._engine.step()
+        with self.phases.phase("optimizer"):
+            self._engine.step()
         return bool(self._engine.was_step_applied())
 
     @property
@@ -198,27 +206,31 @@ class Engine:
 
     def partitions(self) -> Iterator[Partition]:
         """This rank's flat partitions, in DeepSpeed's order; it calls them sub-groups."""
-        zero = self._optimizer
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        for index, (parameters, master, group) in enumerate(self._stage.groups(zero, names)):
-            yield Partition(index, group, parameters, master, state=zero.optimizer.state[master])
+        for index, (parameters, master, group) in enumerate(self._stage.groups(names)):
+            yield Partition(index, group, parameters, master, state=self.base_optimizer.state[master])
 
     def held(self) -> dict[str, list[torch.Tensor]]:
         """The lasting tensors of this rank by kind, wherever they lie; some share memory."""
         states = [value for state in self.base_optimizer.state.values() for value in state.values()]
-        held: dict[str, list[torch.Tensor]] = self._stage.held(self._optimizer, self.parameters.values())
+        held: dict[str, list[torch.Tensor]] = self._stage.held(self.parameters.values())
         held["parameters"] += self._engine.module.buffers()
         held["optimizer"] += [state for state in states if isinstance(state, torch.Tensor)]
         return held
 
+    @property
+    def own_shared_bytes(self) -> int:
+        """This rank's part of the parameters, where they are in memory that all ranks of the host share."""
+        return self._stage.own_shared_bytes
+
     def replicas(self) -> dict[str, list[torch.Tensor]]:
         """What each rank holds whole, and the same as every other."""
-        whole = self._stage.replicas(self._optimizer, self.parameters.values())
+        whole = self._stage.replicas(self.parameters.values())
         return {"parameters": whole, "buffers": list(self._engine.module.buffers())}
 
     def refresh(self) -> None:
         """Make the model compute with the master values, after they were overwritten."""
-        self._stage.refresh(self._optimizer)
+        self._stage.refresh()
 
 
 def _gather_whole_layers(model: PreTrainedModel, stage: Any) -> None:
@@ -229,7 +241,7 @@ def _gather_whole_layers(model: PreTrainedModel, stage: Any) -> None:
     """
     from deepspeed.utils import set_z3_leaf_modules
 
-    if stage is zero2:
+    if isinstance(stage, Zero2):
         raise ModelError("models of this type are trained with ZeRO-3 alone; set deepspeed: zero3")
     set_z3_leaf_modules(model, [GradientCheckpointingLayer], raise_if_not_found=False)
     model.enable_input_require_grads()  # DeepSpeed knows by a layer's input when its backward pass is over

@@ -92,7 +92,8 @@ def train(
                 progress = Progress(progress.step + 1, progress.skipped_steps + (not applied), data.after)
                 waited = loader.waited_seconds - waited
                 line = _line(progress, rows, totals, data.imbalance, rate, engine.grad_norm, applied)
-                line |= _timing(metrics, totals, began_step, waited) | _first_look(memory, console)
+                line |= _timing(metrics, totals, began_step, waited) | _first_look(engine, memory, console)
+                line["phase_seconds"] = {name: round(took, 6) for name, took in engine.phases.take().items()}
                 metrics.hold(sum(losses), totals.weight, waited + engine.pace.take(), engine.take_aux_sum(), **line)
                 non_finite.check(applied, progress.step, losses, data.rows)
                 if bar:
@@ -155,12 +156,13 @@ def _timing(metrics: MetricsLog, totals: Totals, began: float, waited: float) ->
     }
 
 
-def _first_look(memory: Memory, console: WorkerConsole) -> dict[str, Any]:
+def _first_look(engine: Engine, memory: Memory, console: WorkerConsole) -> dict[str, Any]:
     """What the first step showed of attention and memory, said and for its line; nothing later."""
     held = memory.first()
     if held:
         losses = " and ".join(sorted(token_loss.kernels_used)) or "full logits"
-        console.say(f"attention: {describe_kernels()}; loss: {losses}")
+        layers = "; norms, positions and activations: liger" if engine.fused else ""
+        console.say(f"attention: {describe_kernels()}; loss: {losses}{layers}")
         console.say(f"memory of a rank: {to_text(held)}")
     return to_gib(held)
 

@@ -59,7 +59,9 @@ class Memory:
 
     def _held(self) -> dict[str, int]:
         seen: set[int] = set()
-        return {kind: distinct_bytes(tensors, seen) for kind, tensors in self._engine.held().items()}
+        held = {kind: distinct_bytes(tensors, seen) for kind, tensors in self._engine.held().items()}
+        held["parameters"] += self._engine.own_shared_bytes
+        return held
 
     def _keep(self, tensor: torch.Tensor) -> "torch.Tensor | _Weight":
         """Count what the graph keeps. Of a gathered parameter that is no tensor, or none would be released."""

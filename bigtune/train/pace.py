@@ -6,11 +6,11 @@ parameters are gathered before; hence these are timed: a fixed part of the step'
 shared processor does more slowly. On CUDA the clock is the GPU's own.
 """
 
-import time
 from typing import Any
 
-import torch
 from torch import nn
+
+from bigtune.train.phases import now, seconds_between
 
 
 class Pace:
@@ -31,25 +31,15 @@ class Pace:
     def take(self) -> float:
         """Seconds since the last call. On CUDA, call it where the host has waited for the step's work anyway."""
         spans, self._spans = self._spans, []
-        if torch.cuda.is_available():
-            return float(sum(begin.elapsed_time(end) for begin, end in spans)) / 1e3
-        return float(sum(end - begin for begin, end in spans))
+        return sum(seconds_between(began, ended) for began, ended in spans)
 
     def _begin(self, *_: Any) -> None:
-        self._began = _now()
+        self._began = now()
 
     def _end(self, *_: Any) -> None:
-        self._spans.append((self._began, _now()))
+        self._spans.append((self._began, now()))
         self.done += 1
 
 
 def _holds_matrix(module: nn.Module) -> bool:
     return any(len(getattr(p, "ds_shape", p.shape)) > 1 for p in module.parameters(recurse=False))
-
-
-def _now() -> Any:
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event

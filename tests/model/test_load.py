@@ -28,6 +28,7 @@ from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine
 from tests.distributed import run_distributed
 from tests.tiny import tiny_llama, tiny_model, tiny_run
+from tests.training import memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -69,7 +70,7 @@ def assert_same_buffers(buffers: dict[str, torch.Tensor], folder: Path, dtype: t
         assert torch.equal(buffers[name], buffer), name
 
 
-def load_on_rank(folder: Path, precision: str, threshold: int, mutation: str = "") -> dict[str, Any]:
+def load_on_rank(folder: Path, precision: str, threshold: int | None, mutation: str = "") -> dict[str, Any]:
     """What a rank holds after loading: see `differences`."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
@@ -85,7 +86,9 @@ def load_on_rank(folder: Path, precision: str, threshold: int, mutation: str = "
         patch.setattr(shards_module, "read_into", count)
         if mutation:
             MUTATIONS[mutation][1](patch)
-        engine = Engine(folder, Optim(), ds_config(folder, precision, threshold), precision, World.from_environment())
+        with memory(shared=threshold is None):
+            config = ds_config(folder, precision, threshold)
+            engine = Engine(folder, Optim(), config, precision, World.from_environment())
     module, parameters = engine._engine.module, engine.parameters
     masters = {name: as_array(safe_get_full_fp32_param(parameter)) for name, parameter in parameters.items()}
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
@@ -101,9 +104,11 @@ def load_on_rank(folder: Path, precision: str, threshold: int, mutation: str = "
     }
 
 
-def ds_config(folder: Path, precision: str, threshold: int) -> dict[str, Any]:
+def ds_config(folder: Path, precision: str, threshold: int | None) -> dict[str, Any]:
+    """`threshold` is DeepSpeed's size of parameters that stay gathered, on ranks that share no memory; else None."""
     preset = read_preset("zero3")
-    preset["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+    if threshold is not None:
+        preset["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
     return complete(preset, tiny_run(folder), precision, 36)
 
 
@@ -153,20 +158,20 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("threshold", [0, 100_000])
+@pytest.mark.parametrize("threshold", [0, 100_000, None])
 @pytest.mark.parametrize("precision", DTYPES)
 def test_partitions_put_together_are_the_pretrained_weights(
-    folder: Path, precision: str, threshold: int, ranks: int
+    folder: Path, precision: str, threshold: int | None, ranks: int
 ) -> None:
     loaded = run_distributed(load_on_rank, ranks, folder, precision, threshold)
     assert differences(loaded, folder, precision) == set()
 
 
 @pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("threshold", [0, 100_000])
+@pytest.mark.parametrize("threshold", [0, 100_000, None])
 @pytest.mark.parametrize("precision", DTYPES)
 def test_parameters_smaller_than_the_world_leave_ranks_with_padding_alone(
-    tmp_path: Path, precision: str, threshold: int, width: int
+    tmp_path: Path, precision: str, threshold: int | None, width: int
 ) -> None:
     folder = tiny_llama(tmp_path, tied=width == 1, **SMALL | {"hidden_size": width})
     loaded = run_distributed(load_on_rank, 4, folder, precision, threshold)
@@ -210,7 +215,7 @@ def test_rows_that_pad_the_vocabulary_are_loaded_too(tmp_path: Path, tied: bool)
 @pytest.mark.parametrize(("ranks", "threshold"), [(2, 100_000), (4, 0)])
 @pytest.mark.parametrize("precision", DTYPES)
 def test_every_rank_has_what_transformers_itself_partitions(
-    folder: Path, precision: str, threshold: int, ranks: int
+    folder: Path, precision: str, threshold: int | None, ranks: int
 ) -> None:
     loaded = run_distributed(load_on_rank, ranks, folder, precision, threshold)
     wanted = run_distributed(load_by_transformers, ranks, folder, precision, threshold)
@@ -326,10 +331,14 @@ MUTATIONS: dict[str, tuple[set[str], Callable[[pytest.MonkeyPatch], None]]] = {
 }
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_what_is_not_loaded_right_would_be_seen(mutation: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mutation", "threshold"),
+    # In shared memory there is no place for one that no one counted.
+    [*((name, 0) for name in MUTATIONS), *((name, None) for name in MUTATIONS if name != "tied ones apart")],
+)
+def test_what_is_not_loaded_right_would_be_seen(mutation: str, threshold: int | None, tmp_path: Path) -> None:
     folder = mixed(tmp_path, **SMALL)
-    loaded = run_distributed(load_on_rank, 4, folder, "bfloat16", 0, mutation)
+    loaded = run_distributed(load_on_rank, 4, folder, "bfloat16", threshold, mutation)
     assert differences(loaded, folder, "bfloat16") == MUTATIONS[mutation][0]
 
 

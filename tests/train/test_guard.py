@@ -30,7 +30,7 @@ from bigtune.train.engine import Engine
 from tests.distributed import run_distributed
 from tests.tiny import tiny_llama, tiny_run
 from tests.train.test_loss import ALIKE
-from tests.training import metrics, train, train_on_rank
+from tests.training import SHARE, metrics, nothing_shared, train, train_on_rank
 
 NAN, INF = float("nan"), float("inf")
 
@@ -236,7 +236,8 @@ def test_ranks_that_have_drifted_apart_are_not_saved(
     made: Path, tmp_path: Path, name: str, patch: Callable[..., Any], what: str
 ) -> None:
     run = another(made, tmp_path, train__steps=2, optim__name="adamw")
-    messages = run_distributed(train_on_rank, 2, run, None, None, False, {name: patch})
+    patches = {name: patch, SHARE: nothing_shared}  # what is shared cannot differ
+    messages = run_distributed(train_on_rank, 2, run, None, None, False, patches)
     assert messages[0] == messages[1]
     assert messages[0].startswith(
         f"CheckpointError: {run.output / 'checkpoints' / 'step-2'}: not saved, the ranks have"

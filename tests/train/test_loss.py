@@ -21,6 +21,7 @@ from bigtune.train.engine import Engine
 from tests.distributed import run_distributed
 from tests.stores import document
 from tests.tiny import VOCABULARY, tiny_llama, tiny_run
+from tests.training import memory
 
 Gradients = dict[str, npt.NDArray[np.float32]]
 Rule = Literal["global", "mean of means", "count"]
@@ -46,15 +47,20 @@ def random_rows(weights: Sequence[float]) -> list[Row]:
 ALIKE, WEIGHTED, DOUBLED = random_rows([1.0]), random_rows([0.3, 1.0, 2.0]), random_rows([2.0])
 
 
-def zero3_gradients(folder: Path, precision: str, threshold: int, rule: Rule, rows: list[Row]) -> Gradients:
-    """Full gradients of one global batch, before any optimizer step; called on each rank."""
+def zero3_gradients(folder: Path, precision: str, threshold: int | None, rule: Rule, rows: list[Row]) -> Gradients:
+    """Full gradients of one global batch, before any optimizer step; called on each rank.
+
+    `threshold` is DeepSpeed's size of parameters that stay gathered, on ranks that share no memory; None if they do.
+    """
     from deepspeed.utils import safe_get_full_grad
 
     world = World.from_environment()
     preset = read_preset("zero3")
-    preset["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+    if threshold is not None:
+        preset["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
     run = tiny_run(folder, optim__max_grad_norm=0.0)
-    engine = Engine(folder, Optim(), complete(preset, run, precision, 36), precision, world)
+    with memory(shared=threshold is None):
+        engine = Engine(folder, Optim(), complete(preset, run, precision, 36), precision, world)
     work, supervised = (np.array([getattr(row, load) for row in rows]) for load in ("work", "supervised"))
     slots = deal(work, supervised, world.data_world, micro_batch=1, global_batch=4)
     batches = [collate([rows[i] for i in micro_step if i >= 0]) for micro_step in slots[world.data_rank]]
@@ -104,9 +110,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize(("threshold", "rows"), [(0, WEIGHTED), (100_000, ALIKE)], ids=["weighted", "alike"])
+@pytest.mark.parametrize(("threshold", "rows"), [(0, WEIGHTED), (100_000, ALIKE), (None, WEIGHTED)])
 def test_gradients_do_not_depend_on_ranks_and_accumulation(
-    folder: Path, ranks: int, threshold: int, rows: list[Row]
+    folder: Path, ranks: int, threshold: int | None, rows: list[Row]
 ) -> None:
     results = run_distributed(zero3_gradients, ranks, folder, "float32", threshold, "global", rows)
     reference = reference_gradients(folder, rows)

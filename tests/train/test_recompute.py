@@ -20,6 +20,7 @@ from tests.distributed import run_distributed
 from tests.model.test_families import OFFSETS, OWN, SMALL, inputs
 from tests.tiny import VOCABULARY, tiny_run
 from tests.train.test_loss import ALIKE
+from tests.training import memory as shared_or_not
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -37,13 +38,18 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def learnt(folder: Path, every: str | int, threshold: int, precision: str) -> dict[str, Any]:
-    """On each rank: losses, gradient norms and weights of three steps, and what the forward pass keeps, in bytes."""
+def learnt(folder: Path, every: str | int, threshold: int | None, precision: str) -> dict[str, Any]:
+    """On each rank: losses, gradient norms and weights of three steps, and what the forward pass keeps, in bytes.
+
+    `threshold` is as in `zero3_gradients`.
+    """
     world = World.from_environment()
     preset = read_preset("zero3")
-    preset["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+    if threshold is not None:
+        preset["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
     config = complete(preset, tiny_run(folder), precision, 32)
-    engine = Engine(folder, Optim(), config, precision, world, activation_checkpointing=every)
+    with shared_or_not(threshold is None):
+        engine = Engine(folder, Optim(), config, precision, world, activation_checkpointing=every)
     memory = Memory(engine, 1)
     losses, norms = [], []
     for number in range(3):
@@ -53,16 +59,18 @@ def learnt(folder: Path, every: str | int, threshold: int, precision: str) -> di
             with memory.micro_step(batch):
                 losses.append(float(engine.micro_step(batch, 48.0, 204, last=index == 1)))
         held = [p.ds_status.name for p in engine.parameters.values()]  # type: ignore[attr-defined]
-        assert threshold or set(held) == {"NOT_AVAILABLE"}  # nothing stays gathered
+        assert threshold != 0 or set(held) == {"NOT_AVAILABLE"}  # nothing stays gathered
         assert engine.step(1e-3)
         norms.append(engine.grad_norm)
     weights = torch.cat([part.master.detach().clone() for part in engine.partitions()])
     return {"learnt": (losses, norms, weights.numpy().tobytes()), "kept": memory.first()["activations"]}
 
 
-@pytest.mark.parametrize(("ranks", "threshold", "precision"), [(1, 100_000, "bfloat16"), (2, 0, "float32")])
+@pytest.mark.parametrize(
+    ("ranks", "threshold", "precision"), [(1, None, "bfloat16"), (2, 0, "float32"), (2, None, "float32")]
+)
 def test_what_is_computed_again_is_the_same_to_the_last_bit(
-    folder: Path, ranks: int, threshold: int, precision: str
+    folder: Path, ranks: int, threshold: int | None, precision: str
 ) -> None:
     """Dropout, in GPT-2, included. Parameters are gathered again, where they are not held whole."""
     found = {
