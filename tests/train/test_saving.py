@@ -14,7 +14,8 @@ from bigtune.checkpoint.folder import steps_in
 from bigtune.checkpoint.save import save, to_prune
 from bigtune.config import Run
 from bigtune.data.prepare import prepare
-from bigtune.train.staging import Copy, Staging, free_memory
+from bigtune.host import free_memory
+from bigtune.train.staging import Copy, Staging
 from tests.distributed import run_distributed
 from tests.tiny import tiny_model, tiny_run, write_rows
 from tests.training import RANKS, Trained, differing, metrics, step, train, train_on_rank
