@@ -29,12 +29,12 @@ class Shape:
     intermediate_size: int
 
 
-def palm_flops(shape: Shape, tokens: int, sequence_length: int) -> float:
+def palm_flops(shape: Shape, tokens: float, sequence_length: int) -> float:
     """Operations of so many tokens, forward and backward, as PaLM counts them."""
     return tokens * (6.0 * shape.parameters + 12.0 * shape.layers * shape.width * sequence_length)
 
 
-def exact_flops(shape: Shape, tokens: int, supervised: int, squares: int, frozen: bool = False) -> float:
+def exact_flops(shape: Shape, tokens: float, supervised: float, squares: float, frozen: bool = False) -> float:
     """Operations of so many tokens, forward and backward, as bigtune computes them.
 
     Args:
