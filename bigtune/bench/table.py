@@ -89,10 +89,10 @@ def _phases(measured: Sequence[tuple[int, Result, Figures]]) -> Table:
 
 def _operations(measured: Sequence[tuple[int, Result, Figures]]) -> Table:
     sheet = any(result.roof_tflops.get("datasheet") for _, result, _ in measured)
-    roofs = {"of products": "measured"} | ({"of datasheet": "datasheet"} if sheet else {})
+    roofs = {"products": "measured"} | ({"sheet": "datasheet"} if sheet else {})
     columns = [f"{name}\nTFLOP/s" for name in ("products", "exact", "PaLM's")]
     for at in (3, 2):
-        columns[at:at] = [f"\n{name}" for name in roofs]
+        columns[at:at] = [f"of\n{name}" for name in roofs]
     table = _table("", *columns)
     for number, result, _ in measured:
         cells = [_number(result.roof_tflops.get("measured"), _digits)]

@@ -70,6 +70,14 @@ def no_copy(self: Staging, tensors: dict[str, torch.Tensor]) -> Copy:
     return Copy(tensors, None)  # type: ignore[arg-type]
 
 
+def test_a_run_that_saves_nothing_learns_the_same(trained: Trained, tmp_path: Path) -> None:
+    """Its last step's line is written all the same."""
+    run = trained.another(tmp_path / "run", checkpoint__enabled=False)
+    train(run)
+    assert metrics(run) == metrics(trained.run)
+    assert steps_of(run) == []
+
+
 def test_without_the_copy_another_step_would_be_written(trained: Trained, tmp_path: Path) -> None:
     """The mutation: the optimizer changes what is being saved."""
     run = trained.another(tmp_path / "run", checkpoint__asynchronous=True, checkpoint__every_steps=3)
