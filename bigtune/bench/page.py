@@ -25,6 +25,7 @@ def render_page(results: Sequence[Result]) -> str:
             for name, share in figures.phases.items()
         ]
         for number, figures in measured.items()
+        if "other" in figures.phases  # else they were not timed
     }  # fmt: skip
     return fill(
         TEMPLATE,
@@ -33,6 +34,6 @@ def render_page(results: Sequence[Result]) -> str:
         names=list(dict.fromkeys(name for figures in measured.values() for name in figures.phases)),
         kinds=list(dict.fromkeys(kind for figures in measured.values() for kind in figures.memory_gib)),
         speeds=bars_svg(speeds, "tokens a second, by case", "{:,.0f}"),
-        phases=bars_svg(phases, "seconds of a step by phase, by case", "{:.3g} s"),
+        phases=bars_svg(phases, "seconds of a step by phase, by case", "{:.3g}") if phases else None,
         notes=[*hardware_told(results), *caveats(results)],
     )

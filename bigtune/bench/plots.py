@@ -30,7 +30,7 @@ def bars_svg(cases: Mapping[int, Sequence[tuple[str, float, str]]], label: str, 
     most = max((sum(length for _, length, _ in parts) for parts in cases.values()), default=0.0) or 1.0
     floor = TOP + PITCH * len(cases)
     svg = [HEAD.format(WIDTH, floor + FOOT, label)]
-    for tick in Histogram((0.0, most), (0,), logarithmic=False).ticks(6) if most >= 6 else ():
+    for tick in Histogram((0.0, most), (0,), logarithmic=False).ticks(6):
         svg += [
             GRID.format(TOP, floor, x=_x(tick, most)),
             X_LABEL.format(_x(tick, most), floor + 18, form.format(tick)),

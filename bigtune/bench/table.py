@@ -146,7 +146,7 @@ def _lists(found: Comparison) -> dict[str, list[str]]:
         "Not measured": [
             f"{case}: {side}: {reason}" for case, sides in found.unmeasured.items() for side, reason in sides.items()
         ],
-        "Cases of one alone": [f"before: {case}" for case in found.only_before]
+        "Only in one": [f"before: {case}" for case in found.only_before]
         + [f"after: {case}" for case in found.only_after],
         "Machine and versions": _told(found.machine),
         "Run file": _told(found.run_file),

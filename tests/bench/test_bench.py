@@ -16,12 +16,14 @@ import pytest
 from bigtune.bench import trial
 from bigtune.bench.figures import Figures
 from bigtune.bench.largest import Need
-from bigtune.bench.machine import OthersLoad, commit, machine
+from bigtune.bench.machine import OthersLoad, commit
 from bigtune.bench.result import Result, read_results
 from bigtune.bench.session import Session, Wishes
 from bigtune.bench.sweep import Case
 from bigtune.bench.trial import Trial
 from bigtune.config import Run
+from bigtune.data.prepare import prepare
+from bigtune.runfile import load_run
 from tests.tiny import tiny_model, write_rows
 
 COMMAND = [sys.executable, "-m", "bigtune.cli", "bench"]
@@ -154,6 +156,21 @@ def test_ctrl_c_keeps_what_there_is_and_leaves_nothing_running(base: Path) -> No
     assert alive == []
 
 
+def test_documents_that_the_run_has_prepared_are_read_and_never_replaced(base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    changes = [f"data.sources.0.path={rows}", f"output={tmp_path / 'run'}"]
+    session, case = Session(base / "tiny.yaml", changes, Wishes(), tmp_path / "bench"), Case({}, 1)
+    shared = session._run_of(case, tmp_path / "case", 2).store
+    assert shared.is_relative_to(tmp_path / "bench" / "data")
+    run = load_run(base / "tiny.yaml", changes)
+    prepare(run.data, run.model.path, run.store)
+    assert session._run_of(case, tmp_path / "case", 2).store == run.store
+    longer = Case({"data.sequence_length": 128}, 1)
+    assert session._run_of(longer, tmp_path / "case", 2).store == run.store
+    write_rows(rows, count=50)
+    assert session._run_of(case, tmp_path / "case", 2).store == shared
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 
@@ -250,13 +267,14 @@ def test_a_busy_process_of_another_is_seen() -> None:
     assert seen is not None and seen > 0.2 / len(os.sched_getaffinity(0))
 
 
-def test_the_machine_is_told_without_torch() -> None:
-    code = "import sys; from bigtune.bench.machine import machine; machine(); print('torch' in sys.modules)"
+def test_the_benchmark_itself_needs_no_torch() -> None:
+    """Its memory is the runs' own."""
+    code = (
+        "import sys\nfrom bigtune.bench import command, machine, page, session, table\nfound = machine.machine()\n"
+        "print(found['gpu'] is None and 'torch' in sys.modules, found['cores'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    found = machine()
-    if found["gpu"] is None:
-        assert done.stdout == "False\n"
-    assert found["cores"] == len(os.sched_getaffinity(0))
+    assert done.stdout == f"False {len(os.sched_getaffinity(0))}\n", done.stderr
 
 
 def test_the_commit_is_that_of_the_checkout() -> None:

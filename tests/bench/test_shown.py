@@ -6,12 +6,13 @@ from dataclasses import replace
 from rich.console import Console
 
 from bigtune.bench.compare import compare
+from bigtune.bench.figures import Figures
 from bigtune.bench.page import render_page
 from bigtune.bench.result import Result
 from bigtune.bench.session import scaling_efficiency
 from bigtune.bench.sweep import Case
 from bigtune.bench.table import render, render_comparison
-from tests.bench.lines import HOST, result
+from tests.bench.lines import HOST, line, result
 from tests.report.test_page import read
 
 
@@ -66,10 +67,14 @@ def test_a_comparison_in_a_terminal() -> None:
 
 
 def test_the_page_needs_nothing_else_and_text_stays_text() -> None:
-    page = render_page(results())
+    timed = {"forward": 0.4, "backward": 0.4}
+    figures = Figures.of([line(step, float(step), phase_seconds=timed) for step in range(4)], 1, 1)
+    page = render_page([*results(), replace(results()[0], figures=figures)])
     assert not re.search(r"https?:|<script|<link|<img|src=|@import|url\(", page)
     assert page.count('<svg class="plot"') == 2 and "<b>&" not in page
     reader = read(page)
     assert set(reader.ids) >= {"cases", "speed", "time", "memory"}
     assert "1,500 tokens/s" in page and "this host has 2 cores" in page
+    assert re.search(r'<rect class="phase forward"[^>]*><title>forward: 40.0%</title>', page)
+    assert "Not timed." not in page and "Not timed." in render_page(results()[2:])
     read(render_page(results()[2:]))
