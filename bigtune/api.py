@@ -12,6 +12,7 @@ They work on this host. Each raises a `BigtuneError` for what the user can mend.
 """
 
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from bigtune.errors import ConfigError, LaunchError
 from bigtune.progress import bar
 
 if TYPE_CHECKING:
+    from bigtune.bench.result import Result
     from bigtune.checkpoint.verify import Verdict
     from bigtune.config import Run
     from bigtune.data.manifest import Manifest
@@ -107,6 +109,38 @@ def train(
             raise LaunchError(f"output: {run.output.absolute()} cannot be written: {error.strerror}") from None
     options = [f"--resume={resume}"] * (resume is not None) + ["--new-data"] * new_data
     return launch(ranks, [str(resolved), *options], run.output)
+
+
+def bench(
+    run_file: Path,
+    sweep: Sequence[str] = (),
+    ranks: Sequence[int] = (),
+    overrides: Sequence[str] = (),
+    steps: int = 10,
+    warm_up: int = 3,
+    output: Path | None = None,
+) -> "Iterator[Result]":
+    """Measure how fast a run trains on this host, case after case; a case is measured when it is asked for, and written
+    to `output`/bench.jsonl as it ends.
+
+    Args:
+        sweep: each as `key=value,value`; the cases are the product of all, and of `ranks`.
+        ranks: workers; none for one a GPU, or one with all cores.
+        overrides: of the run file, as `--set` takes them.
+        steps: of each case that are measured, 3 or more, after `warm_up` that are left out, 1 or more.
+        output: default: runs/bench/ and the run file's name.
+
+    Raises:
+        ConfigError: the run file or the sweep is wrong. A case that is has a reason in place of figures.
+    """
+    from bigtune.bench.result import results_folder
+    from bigtune.bench.session import Session, Wishes
+    from bigtune.bench.sweep import cases_of
+    from bigtune.launch.local import default_ranks
+
+    cases = cases_of(sweep, ranks or [default_ranks()])
+    folder = output or results_folder(run_file)
+    return Session(run_file, overrides, Wishes(steps, warm_up), folder).measure(cases)
 
 
 def merge(

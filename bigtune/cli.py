@@ -79,9 +79,9 @@ def inspect(
         samples = rows = 0  # of which no statistics tell
     found = api.inspect(load_run(run_file, overrides), samples, rows, ranks)
     if html is not None:
-        from bigtune.report.page import write_page
+        from bigtune.report.page import render_page, write_page
 
-        write_page(found, html)
+        write_page(render_page(found), html)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=1))
     elif html is not None:
@@ -120,6 +120,49 @@ def train(
 
     if not api.train(load_run(run_file, overrides), ranks, resume, oversubscribe, new_data):
         sys.exit(STOPPED)
+
+
+@main.command(epilog=_example("bigtune bench recipes/gsm8k.yaml --sweep micro_batch=1,max deepspeed=zero2,zero3"))
+@click.argument("run_file", required=False)
+@click.argument("more", metavar="[KEY=V,V]...", nargs=-1)
+@click.option("--sweep", multiple=True, metavar="KEY=V,V", help="Measure each value of a key; more may follow.")
+@click.option("--ranks", metavar="N,N", help="Workers on this host. Default: its GPUs, or 1.")
+@click.option("--steps", type=click.IntRange(min=3), default=10, show_default=True, help="That are measured.")
+@click.option("--warm-up", type=click.IntRange(min=1), default=3, show_default=True, help="Steps that are left out.")
+@click.option("--output", type=click.Path(path_type=Path), help="Default: runs/bench/ and the run file's name.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a web page with plots as well.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option(
+    "--compare", type=click.Path(path_type=Path), nargs=2, metavar="A B", help="Say what changed between two results."
+)
+@_overrides
+def bench(
+    run_file: str | None,
+    more: tuple[str, ...],
+    sweep: tuple[str, ...],
+    ranks: str | None,
+    steps: int,
+    warm_up: int,
+    output: Path | None,
+    html: Path | None,
+    as_json: bool,
+    compare: tuple[Path, Path] | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Measure how fast RUN_FILE trains on this host: tokens a second, where a step's time goes, memory, ranks.
+
+    Each case is a short training run of its own; one that fails stands in the table with its reason. A micro_batch of
+    max is the largest that fits. Results are added to OUTPUT/bench.jsonl, one line a case.
+    """
+    from bigtune.bench import command
+
+    if compare is not None:
+        command.compare(*compare, as_json)
+        return
+    if run_file is None:
+        raise click.UsageError("Missing argument 'RUN_FILE'.")
+    shown = command.Shown(html, as_json)
+    sys.exit(command.bench(Path(run_file), overrides, (*sweep, *more), ranks, (steps, warm_up), output, shown))
 
 
 @main.command(epilog=_example("bigtune merge runs/gsm8k/checkpoints/step-60 --output models/gsm8k"))

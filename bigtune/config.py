@@ -377,6 +377,9 @@ class Train(Section):
 class Checkpoint(Section):
     """When checkpoints are written, and which are kept. The last step is always saved."""
 
+    enabled: bool = Field(
+        default=True, description="false: none is written, whatever asks for one; for trials that nobody goes on from"
+    )
     every_steps: int | None = Field(default=None, ge=1, description="none: at the end alone")
     every_minutes: float | None = Field(
         default=None, gt=0, description="after the first step that ends so long after the last save began"

@@ -46,7 +46,12 @@ for _side in (_Loader, _Dumper):
     )
 
 
-def _parse(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> Any:
+    """YAML as values.
+
+    Raises:
+        ConfigError: it is none; `where` says what it is of.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
@@ -70,7 +75,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         raise ConfigError(f"{path}: no such run file (looked in {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: the run file cannot be read: {error}") from None
-    tree = _parse(text, str(path))
+    tree = parse(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a run file is a mapping of sections (model, data, train, …)")
     for override in overrides:
@@ -98,6 +103,12 @@ def to_yaml(run: Run) -> str:
     return yaml.dump(run.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def to_line(value: Any) -> str:
+    """One value as YAML on one line, which `parse` reads back."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     parts = key.strip().split(".")
@@ -113,7 +124,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             node = node[part]
         if not isinstance(node, dict | list):
             raise ConfigError(f"--set {override}: {'.'.join(parts[: depth + 1])} is a value, not a section")
-    parsed = _parse(value, f"--set {key}")
+    parsed = parse(value, f"--set {key}")
     if isinstance(node, list):
         node[_index(node, parts[-1], override)] = parsed
     else:
@@ -154,7 +165,7 @@ def _nearest(where: Sequence[str | int]) -> str:
     keys = list(section.model_fields)
     close = difflib.get_close_matches(str(where[-1]), keys, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ""
-    elsewhere = [dotted for dotted in _dotted_keys(Run) if dotted.split(".")[-1] == where[-1]]
+    elsewhere = [dotted for dotted in dotted_keys(Run) if dotted.split(".")[-1] == where[-1]]
     if not close and elsewhere:
         hint = f"; did you mean '{elsewhere[0]}'?"
     return f"{hint} (valid: {', '.join(keys)})"
@@ -166,9 +177,14 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
 
 
-def _dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key as `--set` has it; of what is in a list, the first one's."""
     for name, field in section.model_fields.items():
         yield prefix + name
         inner = _section_of(field.annotation)
         if inner is not None:
-            yield from _dotted_keys(inner, f"{prefix}{name}.")
+            yield from dotted_keys(inner, f"{prefix}{name}." + "0." * _is_list(field.annotation))
+
+
+def _is_list(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is tuple or any(map(_is_list, typing.get_args(annotation)))

@@ -9,7 +9,7 @@ import pytest
 
 from bigtune.config import Run
 from bigtune.errors import ConfigError
-from bigtune.runfile import load_run, to_yaml
+from bigtune.runfile import dotted_keys, load_run, parse, to_line, to_yaml
 from bigtune.train.ds_config import preset_folder, read_preset
 
 ROOT = Path(__file__).parent.parent
@@ -195,6 +195,20 @@ def test_the_resolved_run_file_reads_back_the_same(tmp_path: Path) -> None:
     )
     assert load(tmp_path, to_yaml(run)) == run
     assert "größe" in to_yaml(run)
+
+
+@pytest.mark.parametrize(
+    "value", ["zero3", "1e-4", "null", "a: b", "größe", 1e-05, True, None, [1, "x"], {"a": [None]}]
+)
+def test_a_value_on_one_line_reads_back_the_same(value: object) -> None:
+    assert "\n" not in to_line(value)
+    assert parse(to_line(value), "value") == value
+
+
+def test_keys_of_a_list_are_named_as_overrides_take_them() -> None:
+    keys = list(dotted_keys(Run))
+    assert {"data.sources", "data.sources.0.path", "evaluate.shots_from.0.split", "optim.betas", "train"} <= set(keys)
+    assert "data.sources.path" not in keys
 
 
 def test_a_missing_or_unreadable_file_is_one_line(tmp_path: Path) -> None:

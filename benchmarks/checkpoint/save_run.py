@@ -26,11 +26,9 @@ import click
 import torch
 
 from bigtune import api
+from bigtune.bench.machine import machine
 from bigtune.model.create import create_llama
 from bigtune.runfile import resolve, to_yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import machine  # scripts share it
 
 MODES: dict[str, dict[str, Any]] = {
     "without": {"every_steps": None},

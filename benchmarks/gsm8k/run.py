@@ -18,13 +18,11 @@ from typing import Any
 import click
 
 from bigtune import api
+from bigtune.bench.machine import machine
 from bigtune.checkpoint.folder import latest, read_json
 from bigtune.launch.local import gpus
 from bigtune.model.create import create_llama
 from bigtune.runfile import load_run
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import machine  # scripts share it
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "gsm8k.yaml"
 WARM_UP = 5

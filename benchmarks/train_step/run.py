@@ -7,8 +7,7 @@ The sides take turns, each in new processes, with the same model, precision, ran
 the plain loop reads bigtune's rows, TRL packs the same documents. Speed is real tokens over wall-clock time from
 the end of the last warm-up step to that of the last step, data and logging included; what is before the end of
 the first step is told apart. The roof is the rate at which all ranks at once multiply matrices of the model's
-shapes: a side's share of it counts 6 floating-point operations a body parameter and real token, 6 a head parameter and
-supervised token, and attention within documents. Embeddings count nothing.
+shapes (bigtune/bench/rate.py); what a side's share of it counts is the exact formula of bigtune/bench/flops.py.
 """
 
 import json
@@ -30,16 +29,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bigtune import api
+from bigtune.bench.flops import exact_flops
+from bigtune.bench.machine import machine
+from bigtune.bench.rate import measure_roof
 from bigtune.config import Run
 from bigtune.data.rows import Position, Row
 from bigtune.model.create import create_llama
-from bigtune.model.load import read_config
 from bigtune.runfile import resolve, to_yaml
 from bigtune.train.fit import open_rows
 from bigtune.train.precision import measure_precision
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import machine  # scripts share it
 
 HERE = Path(__file__).parent
 SIDES = ("bigtune", "plain", "trl")
@@ -82,26 +80,21 @@ def main(
         "precision": precision,
     }  # fmt: skip
     (work / "case.json").write_text(json.dumps(case))
-    rate = matrix_rate(work, ranks, precision)
-    config = read_config(work / "model")
-    body = parameters - 2 * config.vocab_size * hidden_size
+    roof = measure_roof(work / "model", ranks, precision)
     squares = sum(row.work for row in rows) / sum(row.tokens for row in rows)
     measured: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
         for side in SIDES if trl else SIDES[:2]:
             found = measure(side, work, case, str(trl or sys.executable), warm_up)
-            # Of the operations of a token, 6 a parameter: 2 forward, 4 backward; causal attention is half a square.
-            found["share_of_the_roof"] = found["tokens_per_second"] * 1e-12 / rate * (
-                6 * body + 6 * layers * hidden_size * squares
-                + 6 * hidden_size * config.vocab_size * found["supervised_share"]
-            )  # fmt: skip
+            of_token = exact_flops(roof.shape, 1, found["supervised_share"], squares)
+            found["share_of_the_roof"] = found["tokens_per_second"] * of_token * 1e-12 / roof.tflops
             measured.setdefault(side, []).append(found)
             click.echo(f"{side}: {json.dumps(_rounded(found))}", err=True)
     figures = {
         "parameters": parameters,
         **case,
         "data": data.name + (", every token supervised" if every_token else ""),
-        "matrix_products_tflops": rate,
+        "matrix_products_tflops": roof.tflops,
         **{side: _medians(runs) for side, runs in measured.items()},
         "machine": machine(),
     }
@@ -179,20 +172,6 @@ def _command(side: str, work: Path, ranks: int, trl: str) -> list[str]:
     python = trl if side == "trl" else sys.executable
     options = ["--num_accelerators", str(ranks), "--master_port", str(port)]
     return [python, "-m", "deepspeed.launcher.runner", *options, str(HERE / f"{side}_rank.py"), str(work)]
-
-
-def matrix_rate(work: Path, ranks: int, precision: str) -> float:
-    """10^12 operations a second of matrix products of the model's shapes, all ranks at once."""
-    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "rate.py"), str(work / "model"), precision],
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-        )
-        for rank in range(ranks)
-    ]
-    return sum(float(process.communicate()[0]) for process in processes)
 
 
 def _rows(run: Run, count: int) -> list[Row]:

@@ -72,6 +72,17 @@ def prepare(
     return manifest
 
 
+def is_prepared(data: Data, model_path: Path, store_path: Path, held_out: Sequence[Source] = ()) -> bool:
+    """Whether the store at `store_path` holds the documents of `data`. Nothing is written.
+
+    Raises:
+        ModelError: the model folder is missing.
+        DataError: a source cannot be read.
+    """
+    before = _manifest_or_none(store_path)
+    return before is not None and _is_current(store_path, before, data, inputs_of(data, model_path, held_out, before))
+
+
 def _prepared(
     data: Data,
     model_path: Path,

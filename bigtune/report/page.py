@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -12,20 +13,19 @@ from bigtune.report.svg import histogram_svg
 from bigtune.report.tokens import shorten, visible
 from bigtune.report.words import cuts_told, imbalance_told, row_told, steps_told
 
-TEMPLATE = Path(__file__).with_name("page.html.jinja")
+TEMPLATE, STYLE = (Path(__file__).with_name(name) for name in ("page.html.jinja", "style.css"))
 SAMPLE_TOKENS, PART_TOKENS = 3000, 240
 """Of a sample, and of a document in a packed row, so many are shown."""
 PARTS = 100
 """Documents of a packed row that are shown as text."""
 
 
-def write_page(inspection: Inspection, path: Path) -> None:
-    """Write the page, and the folders that it lies in.
+def write_page(page: str, path: Path) -> None:
+    """Write a page's HTML, and the folders that it lies in.
 
     Raises:
         ConfigError: the file cannot be written.
     """
-    page = render_page(inspection)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8", errors="backslashreplace")
@@ -36,17 +36,14 @@ def write_page(inspection: Inspection, path: Path) -> None:
 
 def render_page(inspection: Inspection) -> str:
     """The page's HTML. All text of the data is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(count=_count, percent=_percent, visible=visible)
     length = inspection.sequence_length
     plots: dict[str, Markup | None] = {"lengths": None, "shares": None}
     if inspection.lengths and inspection.supervised_shares:
         mark = (length, f"data.sequence_length {length:,}")
         plots["lengths"] = histogram_svg(inspection.lengths, "documents by their tokens", "{:,.0f}", mark)
         plots["shares"] = histogram_svg(inspection.supervised_shares, "documents by their supervised share", "{:.0%}")
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return fill(
+        TEMPLATE,
         seen=inspection,
         plots=plots,
         cuts=list(cuts_told(inspection)),
@@ -58,6 +55,16 @@ def render_page(inspection: Inspection) -> str:
         part_tokens=PART_TOKENS,
         most_parts=PARTS,
     )
+
+
+def fill(template: Path, **values: Any) -> str:
+    """A page of a template, in the style of all pages; all text is escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(count=_count, percent=_percent, visible=visible)
+    style = Markup(STYLE.read_text(encoding="utf-8"))
+    return environment.from_string(template.read_text(encoding="utf-8")).render(style=style, **values)
 
 
 def _count(value: int | None) -> str:

@@ -102,7 +102,8 @@ def train(
                 limit.note(time.monotonic() - began_step)
             saver.save(progress)
     seconds = time.monotonic() - began_loop
-    console.say(_ending(progress, steps, metrics.last, loader.waited_seconds / seconds, rows.losses()))
+    waited_share, saves = loader.waited_seconds / seconds, run.checkpoint.enabled
+    console.say(_ending(progress, steps, metrics.last, waited_share, rows.losses(), saves))
     return progress.step >= steps
 
 
@@ -171,9 +172,12 @@ def _note(last: Mapping[str, Any]) -> str:
     return f"loss {last['loss']:.3f}  {last['tokens_per_second']:,.0f} tokens/s" if last else ""
 
 
-def _ending(progress: Progress, steps: int, last: Mapping[str, Any], waited_share: float, losses: str) -> str:
+def _ending(
+    progress: Progress, steps: int, last: Mapping[str, Any], waited_share: float, losses: str, saves: bool
+) -> str:
     if progress.step < steps:
-        return f"train: stopped at step {progress.step} of {steps}; the same command goes on from there"
+        goes_on = "the same command goes on from there" if saves else "nothing is saved (checkpoint.enabled: false)"
+        return f"train: stopped at step {progress.step} of {steps}; {goes_on}"
     if not last:
         return f"train: all {steps} steps were done already"
     line = f"train: done, {steps} steps, last loss {last['loss']:.4f}; waited for data {waited_share:.2%} of the time"

@@ -111,7 +111,7 @@ class Saver:
             self.save(progress, beside=self._run.checkpoint.asynchronous)
 
     def save(self, progress: Progress, beside: bool = False) -> None:
-        """Save this step, unless it is saved.
+        """Save this step, unless it is saved or the run saves none.
 
         Args:
             beside: let a thread write, of a copy, if there is memory for one.
@@ -122,6 +122,9 @@ class Saver:
         """
         self.finish()
         if progress.step == self._saved_step:
+            return
+        if not self._run.checkpoint.enabled:
+            self._metrics.flush()
             return
         texts = self._texts(progress, self._look_at_held_out())
         self._metrics.flush()

@@ -4,20 +4,18 @@ import mmap
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
 from bigtune import dist
 from bigtune.checkpoint.save import content_of
 from bigtune.dist import World
+from bigtune.host import free_memory
 from bigtune.model.shards import memory_of
 from bigtune.tensorfile import PAGE, in_order
 
 SPARE = 0.8
 """Of the memory that is free, what copies may take: the training's own needs rise and fall."""
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +69,3 @@ def _in_huge_pages(size: int) -> torch.Tensor:
 def _room_for(tensors: Mapping[str, torch.Tensor]) -> int:
     """Bytes, with a page more at either end."""
     return sum(tensor.nbytes for tensor in tensors.values()) + 2 * PAGE
-
-
-def free_memory(root: Path = CGROUP) -> int:
-    """Bytes that this host, or the control group that a batch system put the job into, has left."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        own = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rsplit(":", 1)[-1].lstrip("/")
-        for folder in (root / own, *(root / own).parents):
-            if folder.is_relative_to(root) and (folder / "memory.max").is_file():
-                limit = (folder / "memory.max").read_text().strip()
-                if limit != "max":
-                    used = int((folder / "memory.current").read_text()) - _of_files(folder)
-                    free = min(free, int(limit) - used)
-    except (OSError, ValueError):  # another version of control groups, or none
-        pass
-    return max(0, free)
-
-
-def _of_files(folder: Path) -> int:
-    """Bytes of a group's cached files, which the kernel drops when others need them."""
-    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))

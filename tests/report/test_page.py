@@ -114,4 +114,4 @@ def test_the_command_writes_the_page_into_a_folder_that_it_makes(make_run: MakeR
 def test_a_page_that_cannot_be_written_is_one_line(seen: Inspection, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"^--html .*: cannot be written \(.*\); name another file$"):
-        write_page(seen, tmp_path / "file" / "page.html")
+        write_page(render_page(seen), tmp_path / "file" / "page.html")

@@ -14,7 +14,8 @@ from bigtune.checkpoint.folder import steps_in
 from bigtune.checkpoint.save import save, to_prune
 from bigtune.config import Run
 from bigtune.data.prepare import prepare
-from bigtune.train.staging import Copy, Staging, free_memory
+from bigtune.host import free_memory
+from bigtune.train.staging import Copy, Staging
 from tests.distributed import run_distributed
 from tests.tiny import tiny_model, tiny_run, write_rows
 from tests.training import RANKS, Trained, differing, metrics, step, train, train_on_rank
@@ -67,6 +68,14 @@ def test_what_is_written_beside_the_training_is_the_step_that_was_asked_for(trai
 
 def no_copy(self: Staging, tensors: dict[str, torch.Tensor]) -> Copy:
     return Copy(tensors, None)  # type: ignore[arg-type]
+
+
+def test_a_run_that_saves_nothing_learns_the_same(trained: Trained, tmp_path: Path) -> None:
+    """Its last step's line is written all the same."""
+    run = trained.another(tmp_path / "run", checkpoint__enabled=False)
+    train(run)
+    assert metrics(run) == metrics(trained.run)
+    assert steps_of(run) == []
 
 
 def test_without_the_copy_another_step_would_be_written(trained: Trained, tmp_path: Path) -> None:
