@@ -29,15 +29,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bigtune import api
-from bigtune.bench.flops import exact_flops
+from bigtune.bench.flops import exact_flops, palm_flops
 from bigtune.bench.machine import machine
+from bigtune.bench.peaks import datasheet_tflops
 from bigtune.bench.rate import measure_roof
 from bigtune.config import Run
 from bigtune.data.rows import Position, Row
+from bigtune.launch.local import gpus
 from bigtune.model.create import create_llama
 from bigtune.runfile import resolve, to_yaml
 from bigtune.train.fit import open_rows
 from bigtune.train.precision import measure_precision
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bigtune_rank import MEASURES  # a script beside this one
 
 HERE = Path(__file__).parent
 SIDES = ("bigtune", "plain", "trl")
@@ -51,19 +56,24 @@ SIDES = ("bigtune", "plain", "trl")
 @click.option("--hidden-size", default=512, show_default=True)
 @click.option("--layers", default=8, show_default=True)
 @click.option("--heads", default=8, show_default=True)
+@click.option("--key-value-heads", type=int, help="Default: as many.")
+@click.option("--intermediate-size", type=int, help="Default: 8/3 of the width.")
 @click.option("--ranks", default=2, show_default=True)
 @click.option("--sequence-length", default=1024, show_default=True)
+@click.option("--micro-batch", default=1, show_default=True)
 @click.option("--global-batch", default=2, show_default=True)
 @click.option("--steps", default=12, show_default=True)
 @click.option("--warm-up", default=4, show_default=True)
 @click.option("--rounds", default=2, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
+@click.option("--without", type=click.Choice(MEASURES), multiple=True, help="And bigtune with this measure taken away.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/train_step"), show_default=True)
 @click.option("--result", type=click.Path(path_type=Path), help="Append the figures here, a JSON line a case.")
 def main(
     data: Path, tokenizer: Path, trl: Path | None, every_token: bool, hidden_size: int, layers: int, heads: int,
-    ranks: int, sequence_length: int, global_batch: int, steps: int, warm_up: int, rounds: int, precision: str,
-    work: Path, result: Path | None,
+    key_value_heads: int | None, intermediate_size: int | None, ranks: int, sequence_length: int, micro_batch: int,
+    global_batch: int, steps: int, warm_up: int, rounds: int, precision: str, without: tuple[str, ...], work: Path,
+    result: Path | None,
 ) -> None:  # fmt: skip
     """Measure one case and print its figures."""
     shutil.rmtree(work, ignore_errors=True)
@@ -71,23 +81,31 @@ def main(
     work = work.resolve()
     if precision == "auto":
         precision = measure_precision()
-    parameters = create_llama(tokenizer, work / "model", hidden_size, layers, heads, tied=False)
-    run = prepare(work, _as_text(data, work) if every_token else data, sequence_length, global_batch, steps, precision)
+    parameters = create_llama(
+        tokenizer, work / "model", hidden_size, layers, heads, key_value_heads, intermediate_size,
+        context=max(4096, sequence_length), tied=False,
+    )  # fmt: skip
+    case: dict[str, Any] = {
+        "ranks": ranks, "steps": steps, "sequence_length": sequence_length, "micro_batch": micro_batch,
+        "global_batch": global_batch, "precision": precision, "cuda": bool(gpus()),
+    }  # fmt: skip
+    run = prepare(work, _as_text(data, work) if every_token else data, case)
     rows = _rows(run, global_batch * steps)
     _write_documents(rows, work / "documents.parquet")
-    case: dict[str, Any] = {
-        "ranks": ranks, "steps": steps, "sequence_length": sequence_length, "global_batch": global_batch,
-        "precision": precision,
-    }  # fmt: skip
     (work / "case.json").write_text(json.dumps(case))
     roof = measure_roof(work / "model", ranks, precision)
     squares = sum(row.work for row in rows) / sum(row.tokens for row in rows)
+    sheet = ranks * (datasheet_tflops(machine()["gpu"], precision) or 0.0)
     measured: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
-        for side in SIDES if trl else SIDES[:2]:
+        for side in (*(SIDES if trl else SIDES[:2]), *(f"without {measure}" for measure in without)):
             found = measure(side, work, case, str(trl or sys.executable), warm_up)
             of_token = exact_flops(roof.shape, 1, found["supervised_share"], squares)
             found["share_of_the_roof"] = found["tokens_per_second"] * of_token * 1e-12 / roof.tflops
+            if sheet:
+                found["share_of_the_datasheet"] = found["tokens_per_second"] * of_token * 1e-12 / sheet
+                palm = palm_flops(roof.shape, found["tokens_per_second"], sequence_length)
+                found["share_of_the_datasheet_by_palm"] = palm * 1e-12 / sheet
             measured.setdefault(side, []).append(found)
             click.echo(f"{side}: {json.dumps(_rounded(found))}", err=True)
     figures = {
@@ -108,13 +126,14 @@ def main(
             file.write(json.dumps(_rounded(figures)) + "\n")
 
 
-def prepare(work: Path, data: Path, length: int, global_batch: int, steps: int, precision: str) -> Run:
+def prepare(work: Path, data: Path, case: dict[str, Any]) -> Run:
     run = resolve(
         {
             "model": {"path": str(work / "model")},
-            "data": {"sources": [{"path": str(data.resolve())}], "sequence_length": length},
+            "data": {"sources": [{"path": str(data.resolve())}], "sequence_length": case["sequence_length"]},
             "optim": {"name": "adamw", "learning_rate": 1e-4, "schedule": "constant"},
-            "train": {"steps": steps, "global_batch": global_batch, "precision": precision},
+            "train": {key: case[key] for key in ("steps", "micro_batch", "global_batch", "precision")},
+            "checkpoint": {"enabled": False},
             "output": str(work / "run"),
         }
     )
@@ -125,13 +144,12 @@ def prepare(work: Path, data: Path, length: int, global_batch: int, steps: int, 
 
 def measure(side: str, work: Path, case: dict[str, Any], trl: str, warm_up: int) -> dict[str, float]:
     """One side's run: tokens a second after the warm-up, seconds from the command to the end of the first step."""
-    shutil.rmtree(work / "run" / "checkpoints", ignore_errors=True)
     (work / "run" / "metrics.jsonl").unlink(missing_ok=True)
     output: list[tuple[float, str]] = []
     began, peak = time.monotonic(), 0
     with subprocess.Popen(
         _command(side, work, case["ranks"], trl), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"},
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **({} if case["cuda"] else {"DS_ACCELERATOR": "cpu"})},
     ) as process:  # fmt: skip
         reader = threading.Thread(target=_read, args=(process, output))
         reader.start()
@@ -141,7 +159,7 @@ def measure(side: str, work: Path, case: dict[str, Any], trl: str, warm_up: int)
         reader.join()
     if process.returncode:
         sys.exit("".join(line for _, line in output[-40:]))
-    path = work / ("run/metrics.jsonl" if side == "bigtune" else f"{side}.jsonl")
+    path = work / (f"{side}.jsonl" if side in SIDES[1:] else "run/metrics.jsonl")
     steps = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(steps) == case["steps"], f"{side}: {len(steps)} steps"
     after = steps[warm_up:]
@@ -151,7 +169,7 @@ def measure(side: str, work: Path, case: dict[str, Any], trl: str, warm_up: int)
         "tokens_per_second": tokens / (after[-1]["time"] - steps[warm_up - 1]["time"]),
         "supervised_share": supervised / tokens,
         "first_step_seconds": first - began,
-        "peak_memory_gib": peak / 2**30,
+        "peak_memory_gib": max(step["peak_memory_gib"] for step in steps) if case["cuda"] else peak / 2**30,
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
     }
@@ -171,7 +189,10 @@ def _command(side: str, work: Path, ranks: int, trl: str) -> list[str]:
         port = listener.getsockname()[1]
     python = trl if side == "trl" else sys.executable
     options = ["--num_accelerators", str(ranks), "--master_port", str(port)]
-    return [python, "-m", "deepspeed.launcher.runner", *options, str(HERE / f"{side}_rank.py"), str(work)]
+    script = [f"{side}_rank.py", str(work)]
+    if side not in SIDES:
+        script = ["bigtune_rank.py", side.removeprefix("without "), str(work / "run.yaml")]
+    return [python, "-m", "deepspeed.launcher.runner", *options, str(HERE / script[0]), *script[1:]]
 
 
 def _rows(run: Run, count: int) -> list[Row]:

@@ -119,7 +119,7 @@ class Engine:
         )
         self.phases = Phases()
         self._stage.take_over(self._optimizer, self.parameters.values(), self.phases)
-        self.pace = Pace(self.objective)
+        self.pace = Pace(self.objective, self._stage.gathers)
         if self._engine.device.type == "cpu":
             ctypes.CDLL(None).malloc_trim(0)  # what initialize used and freed
 

@@ -163,7 +163,8 @@ def _first_look(engine: Engine, memory: Memory, console: WorkerConsole) -> dict[
     if held:
         losses = " and ".join(sorted(token_loss.kernels_used)) or "full logits"
         layers = "; norms, positions and activations: liger" if engine.fused else ""
-        console.say(f"attention: {describe_kernels()}; loss: {losses}{layers}")
+        ranks = "; ranks: memory that they share" if engine.own_shared_bytes else ""
+        console.say(f"attention: {describe_kernels()}; loss: {losses}{layers}{ranks}")
         console.say(f"memory of a rank: {to_text(held)}")
     return to_gib(held)
 

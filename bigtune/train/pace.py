@@ -3,7 +3,8 @@
 Under ZeRO-3 the ranks wait for each other in every layer, forward and backward: a step takes all of them equally
 long, whoever is slow. Within the forward pass of a layer that has no other in it nothing is waited for, since its
 parameters are gathered before; hence these are timed: a fixed part of the step's work, which a rank on a slower or
-shared processor does more slowly. On CUDA the clock is the GPU's own.
+shared processor does more slowly. Where nothing is gathered it is the forward pass as a whole. On CUDA the clock is the
+GPU's own.
 """
 
 from typing import Any
@@ -14,19 +15,24 @@ from bigtune.train.phases import now, seconds_between
 
 
 class Pace:
-    """Times the forward passes of a model's innermost layers that hold a matrix."""
+    """Times forward passes, and counts those of a model's innermost layers that hold a matrix."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Call it once DeepSpeed's hooks are on: those gather parameters, and belong outside of what is timed."""
+    def __init__(self, model: nn.Module, gathers: bool) -> None:
+        """Call it once DeepSpeed's hooks are on: those gather parameters, and belong outside of what is timed.
+
+        Args:
+            gathers: whether ranks wait for each other within the forward pass.
+        """
         self._spans: list[tuple[Any, Any]] = []
         self._began: Any = None
-        self.layers = 0
+        innermost = [module for module in model.modules() if _holds_matrix(module) and not any(module.children())]
+        self.layers = len(innermost)
         self.done = 0  # forward passes of layers in the micro-batch at work
-        for module in model.modules():
-            if _holds_matrix(module) and not any(module.children()):
-                self.layers += 1
-                module.register_forward_pre_hook(self._begin)
-                module.register_forward_hook(self._end, prepend=True)
+        for module in innermost:
+            module.register_forward_hook(self._count)
+        for module in innermost if gathers else [model]:
+            module.register_forward_pre_hook(self._begin)
+            module.register_forward_hook(self._end, prepend=True)
 
     def take(self) -> float:
         """Seconds since the last call. On CUDA, call it where the host has waited for the step's work anyway."""
@@ -38,6 +44,8 @@ class Pace:
 
     def _end(self, *_: Any) -> None:
         self._spans.append((self._began, now()))
+
+    def _count(self, *_: Any) -> None:
         self.done += 1
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import distributed
 
 from bigtune.dist import World
+from bigtune.errors import TrainError
 from bigtune.train.phases import Phases
 from bigtune.train.shared import share
 
@@ -39,14 +40,16 @@ class Reducer:
         """Take over from DeepSpeed's optimizer.
 
         Args:
-            memory: of all ranks, of `staging_bytes`; None for a rank that is alone.
+            memory: of all ranks, from `staging`; None for a rank that is alone.
         """
         self._zero, self._world, self._phases = zero, world, phases
         self._turns, self._waiting, self._elements = 0, [], 0  # type: ignore[var-annotated]
-        self._capacity = TURN // max(1, world.world_size - 1)
+        self._capacity = _shape(world)[-1]
         if memory is not None:
-            shape = (2, world.world_size, world.world_size, self._capacity)
-            self._stage_HWRC = memory.view(torch.float32)[: math.prod(shape)].view(shape)
+            shape = _shape(world)
+            stage_bytes = math.prod(shape) * torch.float32.itemsize
+            self._stage_HWRC = memory[:stage_bytes].view(torch.float32).view(shape)
+            self._order_HW = memory[stage_bytes:].view(torch.int64).view(shape[:2])
         flat, offset = zero.grad_partitions_flat_buffer, 0
         self._own: dict[int, torch.Tensor] = {}
         self._groups: list[torch.Tensor] = []
@@ -82,10 +85,16 @@ class Reducer:
 
     def _flush(self) -> None:
         for turn in self._cut():
-            stage_WRC = self._stage_HWRC[self._turns % 2]
+            stage_WRC, order_W = self._stage_HWRC[self._turns % 2], self._order_HW[self._turns % 2]
             self._turns += 1
             self._write(turn, stage_WRC[self._world.rank])
+            order_W[self._world.rank] = hash(tuple((p.ds_id, first, last) for p, first, last in turn))
             distributed.barrier()
+            if len(set(order_W.tolist())) > 1:
+                raise TrainError(
+                    "the ranks have gradients of other parameters, or in another order: the model's layers are not "
+                    "called alike on all; train it on one rank"
+                )
             self._read(turn, stage_WRC[:, self._world.rank])
         for parameter in self._waiting:
             parameter.grad = None
@@ -170,14 +179,15 @@ class Reducer:
         self._zero.averaged_gradients[index] = None
 
 
-def staging_bytes(world: World) -> int:
-    """Of the memory that the ranks share."""
-    return 2 * world.world_size**2 * (TURN // max(1, world.world_size - 1)) * torch.float32.itemsize
+def _shape(world: World) -> tuple[int, int, int, int]:
+    """Two halves, ranks that write, ranks that read, elements."""
+    return 2, world.world_size, world.world_size, TURN // max(1, world.world_size - 1)
 
 
 def staging(world: World) -> torch.Tensor | None:
-    """Memory for a `Reducer`, collectively; None for a rank that is alone, and where ranks cannot share any."""
-    return None if world.world_size == 1 else share(staging_bytes(world), world)
+    """Memory for a `Reducer`, collectively; None where the ranks cannot share any."""
+    shape = _shape(world)
+    return share(math.prod(shape) * torch.float32.itemsize + math.prod(shape[:2]) * torch.int64.itemsize, world)
 
 
 def _part(parameter: Any, rank: int, first: int, last: int) -> torch.Tensor:

@@ -25,6 +25,8 @@ SMALL = 100_000
 class Zero2:
     """DeepSpeed's ZeRO-2 optimizer, as the engine sees it."""
 
+    gathers = False
+    """Whether ranks wait for each other in the forward pass."""
     averages = True
     """Whether DeepSpeed divides gradients by the number of ranks."""
     own_shared_bytes = 0

@@ -37,6 +37,11 @@ class Zero3:
         self._zero: Any = None
 
     @property
+    def gathers(self) -> bool:
+        """Whether ranks wait for each other in the forward pass."""
+        return self._wholes is None
+
+    @property
     def averages(self) -> bool:
         """Whether DeepSpeed divides gradients by the number of ranks."""
         return self._wholes is None
@@ -72,6 +77,9 @@ class Zero3:
 
         if self._near:
             self._wholes = Wholes.of([parameter.numel() for parameter in model.parameters()], dtype, world)
+        if self._wholes and world.world_size > 1:
+            self._staging = staging(world)
+            self._wholes = None if self._staging is None else self._wholes
         init = deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype)
 
         def part(name: str, old: nn.Parameter) -> nn.Parameter:
@@ -107,7 +115,6 @@ class Zero3:
         """Once DeepSpeed's optimizer is there; collective."""
         self._zero = zero
         if self._wholes is not None:
-            self._staging = staging(self._world)
             Reducer(zero, self._world, self._staging, phases)
             self._wholes.settle(zero, parameters)
         else:

@@ -16,6 +16,7 @@ from torch import distributed
 from bigtune.config import Optim
 from bigtune.data.collate import collate
 from bigtune.dist import World
+from bigtune.errors import TrainError
 from bigtune.train import reduce as reduce_module
 from bigtune.train.ds_config import complete, read_preset
 from bigtune.train.engine import Engine
@@ -182,6 +183,28 @@ def norms_on_rank(folder: Path) -> list[float]:
         engine.step(0.0)
         norms.append(engine.grad_norm)
     return norms
+
+
+def other_parameters_on_rank(folder: Path) -> str:
+    world = World.from_environment()
+    ds_config = complete(read_preset("zero3"), tiny_run(folder, optim__max_grad_norm=0.0), "float32", 36)
+    engine = Engine(folder, Optim(), ds_config, "float32", world)
+    add = getattr(engine._optimizer, ADD)
+
+    def without_norms(parameter: Any) -> None:
+        if world.rank == 0 or len(parameter.ds_shape) > 1:
+            add(parameter)
+
+    setattr(engine._optimizer, ADD, without_norms)
+    with pytest.raises(TrainError) as raised:
+        engine.micro_step(collate(WEIGHTED[:1]), 1.0, 1, last=True)
+    return str(raised.value)
+
+
+def test_ranks_with_gradients_of_other_parameters_are_stopped(tmp_path: Path) -> None:
+    """Else one would add up what does not belong together."""
+    for said in run_distributed(other_parameters_on_rank, 2, tiny_llama(tmp_path)):
+        assert said.startswith("the ranks have gradients of other parameters")
 
 
 ADD = "reduce_independent_p_g_buckets_and_remove_grads"
