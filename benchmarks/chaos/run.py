@@ -218,7 +218,7 @@ def victims(process: "subprocess.Popen[bytes]", target: str, chance: random.Rand
     with suppressed():
         children = psutil.Process(process.pid).children(recursive=True)
         workers = [child for child in children if "bigtune.train" in child.cmdline()]
-        launchers = [child for child in workers if "deepspeed.launcher.launch" in child.cmdline()]
+        launchers = [child for child in workers if "bigtune.launch.workers" in child.cmdline()]
         workers = [child for child in workers if child not in launchers]
         if target == "the launcher" and launchers:
             return launchers

@@ -3,8 +3,8 @@
 deepspeed --num_accelerators N bigtune_rank.py MEASURE RUN.yaml
 """
 
-import functools
 import sys
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -12,36 +12,34 @@ MEASURES = ("head", "attention", "sharing", "optimizer", "allocator", "binding")
 
 
 def nothing(*_: Any) -> None:
-    """In place of a function that takes the measure."""
+    """In place of what takes a measure."""
 
 
 def take_away(measure: str) -> None:
-    """Must come before the worker has imported what it patches."""
+    """Before the worker imports what it uses; torch may come in only where cores and threads are set before."""
     if measure == "binding":
         mock.patch("bigtune.train.cores.bind", nothing).start()
-        return
-    if measure == "allocator":
+    elif measure == "allocator":
         mock.patch("bigtune.train.cores.keep_memory", nothing).start()
-        return
-    from bigtune.dist import World
-    from bigtune.train.cores import bind
+    else:
+        from bigtune.dist import World
+        from bigtune.train.cores import bind
 
-    bind(World.from_environment())
-    if measure == "head":  # transformers' own full logits, of the supervised positions alone
-        mock.patch("bigtune.train.objective.replace_head", nothing).start()
-    elif measure == "sharing":  # DeepSpeed's own gathering and reducing, over gloo
-        mock.patch("bigtune.train.whole.Wholes.of", nothing).start()
-    elif measure == "optimizer":
-        import torch
+        bind(World.from_environment())
+        from bigtune.train import engine
 
-        plain = functools.partial(torch.optim.AdamW)
+        if measure == "head":  # transformers' own full logits, and then the supervised ones
+            mock.patch("bigtune.train.objective.replace_head", nothing).start()
+        elif measure == "attention":  # transformers' sdpa, with a mask of the whole row
+            mock.patch("bigtune.model.attention.NAME", "sdpa").start()
+        elif measure == "sharing":  # DeepSpeed's own gathering and reducing, over gloo
+            mock.patch("bigtune.train.whole.Wholes.of", nothing).start()
+        elif measure == "optimizer":  # several passes over the partitions
+            import torch
 
-        def slow(groups: Any, **settings: Any) -> Any:
-            return plain(groups, **{**settings, "fused": False})
-
-        mock.patch("torch.optim.AdamW", slow).start()
-    elif measure == "attention":  # transformers' sdpa, with a mask of the whole row
-        mock.patch("bigtune.model.attention.NAME", "sdpa").start()
+            build = engine.build_optimizer
+            plain = partial(torch.optim.AdamW, fused=False)
+            mock.patch.object(engine, "build_optimizer", lambda groups, optim, _: build(groups, optim, plain)).start()
 
 
 if __name__ == "__main__":

@@ -97,33 +97,45 @@ def main(
     squares = sum(row.work for row in rows) / sum(row.tokens for row in rows)
     sheet = ranks * (datasheet_tflops(machine()["gpu"], precision) or 0.0)
     measured: dict[str, list[dict[str, float]]] = {}
+    failed: dict[str, str] = {}
     for _ in range(rounds):
         for side in (*(SIDES if trl else SIDES[:2]), *(f"without {measure}" for measure in without)):
-            found = measure(side, work, case, str(trl or sys.executable), warm_up)
+            if side in failed:
+                continue
+            try:
+                found = measure(side, work, case, str(trl or sys.executable), warm_up)
+            except RuntimeError as error:
+                failed[side] = str(error)
+                continue
             of_token = exact_flops(roof.shape, 1, found["supervised_share"], squares)
-            found["share_of_the_roof"] = found["tokens_per_second"] * of_token * 1e-12 / roof.tflops
-            if sheet:
-                found["share_of_the_datasheet"] = found["tokens_per_second"] * of_token * 1e-12 / sheet
-                palm = palm_flops(roof.shape, found["tokens_per_second"], sequence_length)
-                found["share_of_the_datasheet_by_palm"] = palm * 1e-12 / sheet
+            palm = palm_flops(roof.shape, 1, sequence_length)
+            found |= _shares(found["tokens_per_second"], of_token, palm, roof.tflops, sheet)
             measured.setdefault(side, []).append(found)
             click.echo(f"{side}: {json.dumps(_rounded(found))}", err=True)
+    speeds = {side: statistics.median(run["tokens_per_second"] for run in runs) for side, runs in measured.items()}
     figures = {
         "parameters": parameters,
         **case,
         "data": data.name + (", every token supervised" if every_token else ""),
         "matrix_products_tflops": roof.tflops,
         **{side: _medians(runs) for side, runs in measured.items()},
+        "failed": failed,
+        "times_as_fast_as": {side: speeds["bigtune"] / speed for side, speed in speeds.items() if side != "bigtune"},
         "machine": machine(),
-    }
-    ours = figures["bigtune"]["tokens_per_second"]
-    figures["times_as_fast_as"] = {
-        side: ours / figures[side]["tokens_per_second"] for side in measured if side != "bigtune"
     }
     click.echo(json.dumps(_rounded(figures), indent=1))
     if result:
         with result.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_rounded(figures)) + "\n")
+
+
+def _shares(speed: float, of_token: float, palm: float, roof: float, sheet: float) -> dict[str, float]:
+    """What a speed is of the roofs, in tokens a second, operations of a token and 10^12 operations a second."""
+    shares = {"share_of_the_roof": speed * of_token * 1e-12 / roof}
+    if sheet:
+        shares["share_of_the_datasheet"] = speed * of_token * 1e-12 / sheet
+        shares["share_of_the_datasheet_by_palm"] = speed * palm * 1e-12 / sheet
+    return shares
 
 
 def prepare(work: Path, data: Path, case: dict[str, Any]) -> Run:
@@ -143,7 +155,11 @@ def prepare(work: Path, data: Path, case: dict[str, Any]) -> Run:
 
 
 def measure(side: str, work: Path, case: dict[str, Any], trl: str, warm_up: int) -> dict[str, float]:
-    """One side's run: tokens a second after the warm-up, seconds from the command to the end of the first step."""
+    """One side's run: tokens a second after the warm-up, seconds from the command to the end of the first step.
+
+    Raises:
+        RuntimeError: it failed; its last words are printed.
+    """
     (work / "run" / "metrics.jsonl").unlink(missing_ok=True)
     output: list[tuple[float, str]] = []
     began, peak = time.monotonic(), 0
@@ -158,7 +174,10 @@ def measure(side: str, work: Path, case: dict[str, Any], trl: str, warm_up: int)
             time.sleep(0.2)
         reader.join()
     if process.returncode:
-        sys.exit("".join(line for _, line in output[-40:]))
+        last = "".join(line for _, line in output[-40:])
+        click.echo(last, err=True)
+        killed = "killed" if "return code = -9" in last or "signal 9" in last else "failed"
+        raise RuntimeError(f"{killed}, exit code {process.returncode}")
     path = work / (f"{side}.jsonl" if side in SIDES[1:] else "run/metrics.jsonl")
     steps = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(steps) == case["steps"], f"{side}: {len(steps)} steps"

@@ -1,13 +1,11 @@
-"""Workers on this host, through DeepSpeed's launcher, and their end.
+"""Workers on this host, through a launcher, and their end.
 
-    bigtune train ──▶ deepspeed.launcher.launch ──▶ bigtune.train (one a rank)
+    bigtune train ──▶ bigtune.launch.workers ──▶ bigtune.train (one a rank)
 
 The launcher gets a session of its own, so that Ctrl-C reaches this process alone: it asks the workers to
 finish their step and save. A second Ctrl-C ends them at once.
 """
 
-import base64
-import json
 import os
 import shutil
 import signal
@@ -76,15 +74,14 @@ def launch(ranks: int, worker_arguments: Sequence[str], output: Path) -> bool:
     """
     for old in (output / "logs").glob("rank-*.error"):
         old.unlink()
-    devices = gpus()[:ranks] or list(map(str, range(ranks)))
-    world_info = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     command = [
-        sys.executable, "-u", "-m", "deepspeed.launcher.launch",
-        f"--world_info={world_info}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}",
-        "--log_level=critical", "--module", "bigtune.train", *worker_arguments,
+        sys.executable, "-m", "bigtune.launch.workers", str(ranks), str(_free_port()), "bigtune.train",
+        *worker_arguments,
     ]  # fmt: skip
     environment = {**os.environ, CHILD: "1"}
-    if not gpus():
+    if devices := gpus():
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[:ranks])
+    else:
         environment.setdefault("DS_ACCELERATOR", "cpu")
     with _Interrupts() as interrupted:
         process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)

@@ -43,10 +43,12 @@ class Reducer:
             memory: of all ranks, from `staging`; None for a rank that is alone.
         """
         self._zero, self._world, self._phases = zero, world, phases
-        self._turns, self._waiting, self._elements = 0, [], 0  # type: ignore[var-annotated]
-        self._capacity = _shape(world)[-1]
+        self._turns = 0
+        self._waiting: list[Any] = []
+        self._elements = 0
+        shape = _shape(world)
+        self._capacity = shape[-1]
         if memory is not None:
-            shape = _shape(world)
             stage_bytes = math.prod(shape) * torch.float32.itemsize
             self._stage_HWRC = memory[:stage_bytes].view(torch.float32).view(shape)
             self._order_HW = memory[stage_bytes:].view(torch.int64).view(shape[:2])

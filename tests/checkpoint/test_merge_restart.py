@@ -81,14 +81,14 @@ def test_a_merge_that_is_killed_again_and_again_comes_to_the_same(
         process = start(checkpoint, output)
         kill_at(process, output, count, chance.uniform(0, 0.03))
         assert process.returncode == -signal.SIGKILL
-        if count >= 6 and output.exists():
-            break  # its last moments are short: it had come to its end
-        assert not output.exists()
+        if output.exists():  # its last moments are short: it had come to its end
+            assert count
+            break
         now = finished(output)
         assert kept.items() <= now.items()  # nothing that was finished is written again
         assert len(now) >= count
         kept = now
-    assert start(checkpoint, output).wait() == 0
+    assert output.exists() or start(checkpoint, output).wait() == 0
     assert kept.items() <= {path.name: identity(path) for path in output.iterdir()}.items()
     assert content_of(output) == wanted
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
