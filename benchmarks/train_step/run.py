@@ -1,5 +1,7 @@
 """How fast is the step? bigtune, TRL's SFTTrainer and a plain transformers and DeepSpeed loop, on the same rows.
 
+Beside them bigtune's step without ZeRO (bare_rank.py), whose lead over bigtune is what ZeRO-3 costs.
+
     python -m venv trl && trl/bin/pip install "torch==2.13.0" "deepspeed==0.19.8" "trl==1.16.0"
     python benchmarks/train_step/run.py --data gsm8k/train.jsonl --tokenizer tokenizer.json --trl trl/bin/python
 
@@ -45,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bigtune_rank import MEASURES  # a script beside this one
 
 HERE = Path(__file__).parent
-SIDES = ("bigtune", "plain", "trl")
+SIDES = ("bigtune", "bare", "plain", "trl")
 
 
 @click.command()
@@ -99,7 +101,7 @@ def main(
     measured: dict[str, list[dict[str, float]]] = {}
     failed: dict[str, str] = {}
     for _ in range(rounds):
-        for side in (*(SIDES if trl else SIDES[:2]), *(f"without {measure}" for measure in without)):
+        for side in (*(SIDES if trl else SIDES[:-1]), *(f"without {measure}" for measure in without)):
             if side in failed:
                 continue
             try:
