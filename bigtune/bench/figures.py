@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-PHASES = ("data", "forward", "gather", "backward", "reduce", "optimizer", "other")
+PHASES = ("data", "forward", "backward", "reduce", "optimizer", "other")
 """In the order that a step has them, as far as they are known; `other` is what no timer saw."""
 
 

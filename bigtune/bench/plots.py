@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from markupsafe import Markup
 
 from bigtune.report.histogram import Histogram
+from bigtune.report.svg import HEAD, X_LABEL
 
 WIDTH, LEFT, RIGHT, TOP, FOOT = 720, 34, 76, 8, 30
 PITCH, THICK = 30, 20
 """From bar to bar, and of a bar."""
 
-HEAD = Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">')
 GRID = Markup('<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>')
-X_LABEL = Markup('<text class="x" x="{:.1f}" y="{}">{}</text>')
 NUMBER = Markup('<text class="y" x="{}" y="{:.1f}">{}</text>')
 BAR = Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{}"><title>{}</title></rect>')
 VALUE = Markup('<text x="{:.1f}" y="{:.1f}">{}</text>')

@@ -61,7 +61,7 @@ def is_same(apply: Callable[[PreTrainedModel], None], config: Any, dtype: torch.
         found = _outcome(trial)
     except Exception:  # another release, a compiler that fails, a config that cannot be cut: each in its own way
         return False
-    return all(_distance(one, other) <= APART[dtype] for one, other in zip(found, wanted, strict=True))
+    return all(distance(one, other) <= APART[dtype] for one, other in zip(found, wanted, strict=True))
 
 
 def _outcome(model: PreTrainedModel) -> list[torch.Tensor]:
@@ -77,5 +77,6 @@ def _outcome(model: PreTrainedModel) -> list[torch.Tensor]:
         return [hidden.detach(), *torch.autograd.grad((hidden * factors).sum(), trained)]
 
 
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Of what is to be the same, relative to its norm; no number where either holds none."""
     return float((one.float() - other.float()).norm() / other.float().norm().clamp(min=1e-30))

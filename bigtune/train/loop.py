@@ -92,8 +92,7 @@ def train(
                 progress = Progress(progress.step + 1, progress.skipped_steps + (not applied), data.after)
                 waited = loader.waited_seconds - waited
                 line = _line(progress, rows, totals, data.imbalance, rate, engine.grad_norm, applied)
-                line |= _timing(metrics, totals, began_step, waited) | _first_look(engine, memory, console)
-                line["phase_seconds"] = {name: round(took, 6) for name, took in engine.phases.take().items()}
+                line |= _timing(metrics, engine, totals, began_step, waited) | _first_look(engine, memory, console)
                 metrics.hold(sum(losses), totals.weight, waited + engine.pace.take(), engine.take_aux_sum(), **line)
                 non_finite.check(applied, progress.step, losses, data.rows)
                 if bar:
@@ -145,7 +144,7 @@ def _line(
     }
 
 
-def _timing(metrics: MetricsLog, totals: Totals, began: float, waited: float) -> dict[str, float]:
+def _timing(metrics: MetricsLog, engine: Engine, totals: Totals, began: float, waited: float) -> dict[str, Any]:
     """What the clock and the memory say of a step that began at `began`; `waited` are its seconds without data."""
     seconds = time.monotonic() - began
     return {
@@ -154,6 +153,7 @@ def _timing(metrics: MetricsLog, totals: Totals, began: float, waited: float) ->
         "data_seconds": round(waited, 6),
         "tokens_per_second": round(totals.tokens / seconds, 3),
         "peak_memory_gib": round(peak_memory_gib(), 4),
+        "phase_seconds": {name: round(took, 6) for name, took in engine.phases.take().items()},
     }
 
 

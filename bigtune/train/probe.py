@@ -23,6 +23,7 @@ import torch
 from bigtune.data.collate import MicroBatch
 from bigtune.errors import ModelError
 from bigtune.model import attention
+from bigtune.model.fused import distance
 from bigtune.model.load import EXACT
 from bigtune.train.engine import Engine
 
@@ -63,8 +64,8 @@ def prove(engine: Engine, longest: int, say: Callable[[str], None]) -> None:
         raise ModelError(f"model.path: the {config.model_type} model cannot be run: {broken}")
     _refuse_foresight(engine, first, alone[0])
     if packed is not None:
-        apart = _distance(packed[0][FIRST_TOKENS:], packed[1][FIRST_TOKENS:])
-        mixed = _distance(packed[0], torch.cat(alone))
+        apart = distance(packed[0][FIRST_TOKENS:], packed[1][FIRST_TOKENS:])
+        mixed = distance(packed[0], torch.cat(alone))
         if not (apart <= APART[engine.dtype] and mixed <= TOLERANCE[engine.dtype]):
             problem = f"what it gives changes by {max(apart, mixed):.1%} with the documents before or after"
     if problem:
@@ -89,7 +90,7 @@ def _turns_by_length(config: Any) -> bool:
 def _refuse_foresight(engine: Engine, tokens: Tokens, hidden_SD: torch.Tensor) -> None:
     """Change the last token: nothing before it may."""
     changed = np.append(tokens[:-1], (tokens[-1] + 1) % engine.objective.model.config.vocab_size)
-    moved = _distance(engine.look(_of(changed), "hidden")[:-1], hidden_SD[:-1])
+    moved = distance(engine.look(_of(changed), "hidden")[:-1], hidden_SD[:-1])
     if not moved <= TOLERANCE[engine.dtype]:
         raise ModelError(
             f"model.path: the {engine.objective.model.config.model_type} model sees the tokens that it should learn to "
@@ -102,7 +103,7 @@ def _prove_head(engine: Engine, tokens: Tokens, say: Callable[[str], None]) -> N
     known = objective.head is not None
     if known:
         wanted = engine.look(_of(tokens), "logits").float()
-        known = _distance(engine.look(_of(tokens), "head"), wanted) <= TOLERANCE[engine.dtype]
+        known = distance(engine.look(_of(tokens), "head"), wanted) <= TOLERANCE[engine.dtype]
     if not known:
         objective.head = None
         say(
@@ -131,8 +132,3 @@ def _of(*documents: Tokens) -> MicroBatch:
         weights=nothing.astype(np.float32),
         tokens=sum(lengths),
     )
-
-
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Of what is to be the same, relative to its norm; no number where either holds none."""
-    return float((one.float() - other.float()).norm() / other.float().norm().clamp(min=1e-30))

@@ -30,7 +30,6 @@ class Wholes:
     def __init__(self, world: World, memory: torch.Tensor | None) -> None:
         """Args: memory: of all ranks of the host, for `place`; None for a rank that is alone."""
         self._world, self._memory, self._used = world, memory, 0
-        self._wholes: dict[int, torch.Tensor] = {}
 
     @classmethod
     def of(cls, sizes: Iterable[int], dtype: torch.dtype, world: World) -> "Wholes | None":
@@ -47,23 +46,20 @@ class Wholes:
         """This rank's part of the shared memory."""
         return 0 if self._memory is None else self._used // self._world.world_size
 
-    def place(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """Where this rank's partition of the next parameter lies."""
+    def place(self, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where this rank's partition of the next parameter lies, and all of the parameter, flat, if it is shared."""
         length = -(-size // self._world.world_size)
         if self._memory is None:
-            return torch.empty(length, dtype=dtype, device=device())
-        bytes_ = self._memory[self._used : self._used + length * self._world.world_size * dtype.itemsize]
+            return torch.empty(length, dtype=dtype, device=device()), None
+        end = self._used + length * self._world.world_size * dtype.itemsize
+        padded = self._memory[self._used : end].view(dtype)
         self._used += _padded(size, dtype, self._world)
-        start = length * self._world.rank
-        partition: torch.Tensor = bytes_.view(dtype)[start : start + length]
-        self._wholes[partition.data_ptr()] = bytes_.view(dtype)[:size]
-        return partition
+        return padded[length * self._world.rank :][:length], padded[:size]
 
-    def take_over(self, parameter: Any) -> None:
-        """Make a ZeRO-3 parameter gather this way from now on. Its partition lies where `place` said."""
-        if self._memory is not None:
-            parameter.home = parameter.ds_tensor.data
-            parameter.whole = self._wholes.pop(parameter.home.data_ptr()).view(parameter.ds_shape)
+    def take_over(self, parameter: Any, whole: torch.Tensor | None) -> None:
+        """Make a ZeRO-3 parameter gather this way from now on, from where `place` said that it lies."""
+        if whole is not None:
+            parameter.home, parameter.whole = parameter.ds_tensor.data, whole.view(parameter.ds_shape)
         parameter.all_gather = partial(self._gather, parameter)
         parameter.all_gather_coalesced = _Gathered
 

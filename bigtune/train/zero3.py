@@ -90,7 +90,7 @@ class Zero3:
             length = -(-old.numel() // world.world_size)
             # Not zeros: memory that is touched here for the first time costs more than what is read into it.
             if self._wholes:
-                partition = self._wholes.place(old.numel(), dtype)
+                partition, whole = self._wholes.place(old.numel(), dtype)
             else:
                 partition = torch.empty(length, dtype=dtype, device=device())
             start = length * world.rank
@@ -106,7 +106,7 @@ class Zero3:
             new.data = torch.empty(0, dtype=dtype, device=device())
             new.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
             if self._wholes:
-                self._wholes.take_over(new)
+                self._wholes.take_over(new, whole)
             return new
 
         return replace_parameters(model, part)
