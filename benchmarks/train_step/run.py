@@ -48,6 +48,7 @@ from bigtune_rank import MEASURES  # a script beside this one
 
 HERE = Path(__file__).parent
 SIDES = ("bigtune", "bare", "plain", "trl")
+SAVING = "saving"
 
 
 @click.command()
@@ -68,14 +69,16 @@ SIDES = ("bigtune", "bare", "plain", "trl")
 @click.option("--warm-up", default=4, show_default=True)
 @click.option("--rounds", default=2, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
+@click.option("--side", type=click.Choice(SIDES), multiple=True, help="Only these. Default: all, TRL where it is given.")
+@click.option("--save-every", type=int, help="And bigtune that saves a checkpoint after every so many steps.")
 @click.option("--without", type=click.Choice(MEASURES), multiple=True, help="And bigtune with this measure taken away.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/train_step"), show_default=True)
 @click.option("--result", type=click.Path(path_type=Path), help="Append the figures here, a JSON line a case.")
 def main(
     data: Path, tokenizer: Path, trl: Path | None, every_token: bool, hidden_size: int, layers: int, heads: int,
     key_value_heads: int | None, intermediate_size: int | None, ranks: int, sequence_length: int, micro_batch: int,
-    global_batch: int, steps: int, warm_up: int, rounds: int, precision: str, without: tuple[str, ...], work: Path,
-    result: Path | None,
+    global_batch: int, steps: int, warm_up: int, rounds: int, precision: str, side: tuple[str, ...],
+    save_every: int | None, without: tuple[str, ...], work: Path, result: Path | None,
 ) -> None:  # fmt: skip
     """Measure one case and print its figures."""
     shutil.rmtree(work, ignore_errors=True)
@@ -89,7 +92,7 @@ def main(
     )  # fmt: skip
     case: dict[str, Any] = {
         "ranks": ranks, "steps": steps, "sequence_length": sequence_length, "micro_batch": micro_batch,
-        "global_batch": global_batch, "precision": precision, "cuda": bool(gpus()),
+        "global_batch": global_batch, "precision": precision, "cuda": bool(gpus()), "save_every": save_every,
     }  # fmt: skip
     run = prepare(work, _as_text(data, work) if every_token else data, case)
     rows = _rows(run, global_batch * steps)
@@ -98,31 +101,33 @@ def main(
     roof = measure_roof(work / "model", ranks, precision)
     squares = sum(row.work for row in rows) / sum(row.tokens for row in rows)
     sheet = ranks * (datasheet_tflops(machine()["gpu"], precision) or 0.0)
+    sides = [*(side or (SIDES if trl else SIDES[:-1])), *([SAVING] if save_every else [])]
+    sides += [f"without {measure}" for measure in without]
     measured: dict[str, list[dict[str, float]]] = {}
     failed: dict[str, str] = {}
     for _ in range(rounds):
-        for side in (*(SIDES if trl else SIDES[:-1]), *(f"without {measure}" for measure in without)):
-            if side in failed:
+        for name in sides:
+            if name in failed:
                 continue
             try:
-                found = measure(side, work, case, str(trl or sys.executable), warm_up)
+                found = measure(name, work, case, str(trl or sys.executable), warm_up)
             except RuntimeError as error:
-                failed[side] = str(error)
+                failed[name] = str(error)
                 continue
             of_token = exact_flops(roof.shape, 1, found["supervised_share"], squares)
             palm = palm_flops(roof.shape, 1, sequence_length)
             found |= _shares(found["tokens_per_second"], of_token, palm, roof.tflops, sheet)
-            measured.setdefault(side, []).append(found)
-            click.echo(f"{side}: {json.dumps(_rounded(found))}", err=True)
-    speeds = {side: statistics.median(run["tokens_per_second"] for run in runs) for side, runs in measured.items()}
+            measured.setdefault(name, []).append(found)
+            click.echo(f"{name}: {json.dumps(_rounded(found))}", err=True)
+    speeds = {name: statistics.median(run["tokens_per_second"] for run in runs) for name, runs in measured.items()}
     figures = {
         "parameters": parameters,
         **case,
         "data": data.name + (", every token supervised" if every_token else ""),
         "matrix_products_tflops": roof.tflops,
-        **{side: _medians(runs) for side, runs in measured.items()},
+        **{name: _medians(runs) for name, runs in measured.items()},
         "failed": failed,
-        "times_as_fast_as": {side: speeds["bigtune"] / speed for side, speed in speeds.items() if side != "bigtune"},
+        "times_as_fast_as": {name: speeds["bigtune"] / speed for name, speed in speeds.items() if name != "bigtune"},
         "machine": machine(),
     }
     click.echo(json.dumps(_rounded(figures), indent=1))
@@ -162,11 +167,12 @@ def measure(side: str, work: Path, case: dict[str, Any], trl: str, warm_up: int)
     Raises:
         RuntimeError: it failed; its last words are printed.
     """
+    shutil.rmtree(work / "run" / "checkpoints", ignore_errors=True)
     (work / "run" / "metrics.jsonl").unlink(missing_ok=True)
     output: list[tuple[float, str]] = []
     began, peak = time.monotonic(), 0
     with subprocess.Popen(
-        _command(side, work, case["ranks"], trl), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        _command(side, work, case, trl), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **({} if case["cuda"] else {"DS_ACCELERATOR": "cpu"})},
     ) as process:  # fmt: skip
         reader = threading.Thread(target=_read, args=(process, output))
@@ -202,14 +208,17 @@ def _read(process: "subprocess.Popen[str]", output: list[tuple[float, str]]) -> 
     output.extend((time.monotonic(), line) for line in process.stdout)
 
 
-def _command(side: str, work: Path, ranks: int, trl: str) -> list[str]:
-    if side == "bigtune":
-        return [sys.executable, "-m", "bigtune.cli", "train", str(work / "run.yaml"), "--ranks", str(ranks)]
+def _command(side: str, work: Path, case: dict[str, Any], trl: str) -> list[str]:
+    ranks = str(case["ranks"])
+    if side in ("bigtune", SAVING):
+        command = [sys.executable, "-m", "bigtune.cli", "train", str(work / "run.yaml"), "--ranks", ranks]
+        saves = ["checkpoint.enabled=true", f"checkpoint.every_steps={case['save_every']}", "checkpoint.keep_last=1"]
+        return command if side == "bigtune" else [*command, *(word for key in saves for word in ("--set", key))]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     python = trl if side == "trl" else sys.executable
-    options = ["--num_accelerators", str(ranks), "--master_port", str(port)]
+    options = ["--num_accelerators", ranks, "--master_port", str(port)]
     script = [f"{side}_rank.py", str(work)]
     if side not in SIDES:
         script = ["bigtune_rank.py", side.removeprefix("without "), str(work / "run.yaml")]

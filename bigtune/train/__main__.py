@@ -37,7 +37,6 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, new_data
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     world = World.from_environment()
     bind(world)
-    keep_memory()
     try:
         run = load_run(run_file, overrides)
         console = WorkerConsole(run.output, world)
@@ -81,6 +80,7 @@ def _train(
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a search and a warning
+        keep_memory()
     from bigtune.train.ds_config import read_preset
     from bigtune.train.engine import connect
     from bigtune.train.loop import train
