@@ -69,7 +69,7 @@ SAVING = "saving"
 @click.option("--warm-up", default=4, show_default=True)
 @click.option("--rounds", default=2, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
-@click.option("--side", type=click.Choice(SIDES), multiple=True, help="Only these. Default: all, TRL where it is given.")
+@click.option("--side", type=click.Choice(SIDES), multiple=True, help="Only these; all as it stands.")
 @click.option("--save-every", type=int, help="And bigtune that saves a checkpoint after every so many steps.")
 @click.option("--without", type=click.Choice(MEASURES), multiple=True, help="And bigtune with this measure taken away.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/train_step"), show_default=True)
