@@ -24,7 +24,7 @@ check: ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	@if command -v shellcheck >/dev/null; then shellcheck tools/*.sh launchers/*.sh .ci/run; \
+	@if command -v shellcheck >/dev/null; then shellcheck -x tools/*.sh launchers/*.sh launchers/*.sbatch .ci/run; \
 	else echo "not run: shellcheck (apt-get install shellcheck)"; fi
 
 format: ## rewrite the code in the house's format

@@ -14,7 +14,7 @@ They work on this host. Each raises a `BigtuneError` for what the user can mend.
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bigtune.errors import ConfigError, LaunchError
 from bigtune.progress import bar
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from bigtune.config import Run
     from bigtune.data.manifest import Manifest
     from bigtune.evaluate.report import Report
+    from bigtune.launch.hosts import Host
+    from bigtune.launch.link import Way
     from bigtune.report.inspection import Inspection
 
 
@@ -85,30 +87,82 @@ def train(
     Raises:
         BigtuneError: before any worker starts where possible, else what the first failing worker says.
     """
+    from bigtune.checkpoint.folder import latest_step
+    from bigtune.launch.attempt import worker_arguments
     from bigtune.launch.local import check_ranks, default_ranks, launch
-    from bigtune.runfile import to_yaml
-    from bigtune.train.ds_config import read_preset
+    from bigtune.launch.supervise import Restarts
     from bigtune.train.lock import RunLock
-    from bigtune.train.ops import ensure_ops, needed_ops
-    from bigtune.train.start import documents_of, find_start
-    from bigtune.train.support import check
 
     ranks = ranks or default_ranks()
     check_ranks(ranks, oversubscribe)
+    _checked(run, resume, new_data)  # before anything is written
+    with RunLock(run.output):  # the first worker takes it after this
+        make_ready(run, resume, new_data)
+    restarts = Restarts(run.launch.max_restarts, lambda _: latest_step(run.output / "checkpoints"))
+    return launch(ranks, worker_arguments(run.output, resume, new_data), run.output, restarts)
+
+
+def make_ready(run: "Run", resume: str | None = None, new_data: bool = False) -> str | None:
+    """What is done once a host before its workers start: the run is checked as a whole, documents are prepared,
+    DeepSpeed's operators built, and the resolved run file is written where workers read it.
+
+    Returns:
+        The fingerprint of the documents; None where they are streamed.
+    """
+    from bigtune.runfile import to_yaml
+    from bigtune.train.ops import ensure_ops, needed_ops
+    from bigtune.train.start import documents_of
+
+    preset, start = _checked(run, resume, new_data)
+    documents = None if run.data.stream else prepare(run, None if new_data else documents_of(start)).fingerprint
+    ensure_ops(needed_ops(preset, run.optim), _note)
+    try:
+        run.output.mkdir(parents=True, exist_ok=True)
+        (run.output / "run.yaml").write_text(to_yaml(run), encoding="utf-8")
+    except OSError as error:
+        raise LaunchError(f"output: {run.output.absolute()} cannot be written: {error.strerror}") from None
+    return documents
+
+
+def _checked(run: "Run", resume: str | None, new_data: bool) -> "tuple[dict[str, Any], Path | None]":
+    """The preset, and the checkpoint to go on from, of a run whose parts go together."""
+    from bigtune.train.ds_config import read_preset
+    from bigtune.train.start import find_start
+    from bigtune.train.support import check
+
     preset = read_preset(run.deepspeed)
     start = find_start(run, resume, new_data)
     check(run, preset)
-    resolved = run.output / "run.yaml"
-    with RunLock(run.output):  # the first worker takes it after this
-        if not run.data.stream:
-            prepare(run, None if new_data else documents_of(start))
-        ensure_ops(needed_ops(preset, run.optim), _note)
-        try:
-            resolved.write_text(to_yaml(run), encoding="utf-8")
-        except OSError as error:
-            raise LaunchError(f"output: {run.output.absolute()} cannot be written: {error.strerror}") from None
-    options = [f"--resume={resume}"] * (resume is not None) + ["--new-data"] * new_data
-    return launch(ranks, [str(resolved), *options], run.output)
+    return preset, start
+
+
+def launch(
+    run: "Run",
+    hosts: "Sequence[Host]",
+    way: "Way",
+    resume: str | None = None,
+    new_data: bool = False,
+    exclude_bad: bool = False,
+    every_rank: bool = False,
+) -> bool:
+    """Train on several hosts, each reached in the same way, after a look at all of them.
+
+    Args:
+        hosts: with the ranks of each; see `bigtune.launch.hosts`.
+        way: by ssh, pdsh or srun; see `bigtune.launch.link`.
+        exclude_bad: go on without hosts that cannot be reached or used, instead of naming them and ending.
+        every_rank: show what all ranks print, not the first alone.
+
+    Returns:
+        As `train`.
+
+    Raises:
+        LaunchError: a host cannot be used, or the rank that failed first, on which host, and why.
+    """
+    from bigtune.launch.remote import Wishes
+    from bigtune.launch.remote import launch as stage
+
+    return stage(run, hosts, way, Wishes(resume, new_data, exclude_bad, every_rank))
 
 
 def bench(

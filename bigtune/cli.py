@@ -12,7 +12,7 @@ import click
 
 from bigtune import __version__
 from bigtune.errors import BigtuneError, ConfigError
-from bigtune.train.signals import STOPPED
+from bigtune.process import STOPPED
 
 
 class _Group(click.Group):
@@ -120,6 +120,41 @@ def train(
 
     if not api.train(load_run(run_file, overrides), ranks, resume, oversubscribe, new_data):
         sys.exit(STOPPED)
+
+
+@main.command(epilog=_example("bigtune launch recipes/gsm8k.yaml --slurm --nodes 4 --time 12:00:00"))
+@click.argument("run_file", type=click.Path(path_type=Path))
+@click.option("--hostfile", type=click.Path(path_type=Path), help="Lines of NAME slots=N; reached by ssh.")
+@click.option("--include", metavar="NAME[:SLOT,SLOT][@NAME…]", help="Only these hosts, or slots of them.")
+@click.option("--exclude", metavar="NAME[:SLOT,SLOT][@NAME…]", help="All but these.")
+@click.option("--ranks", type=click.IntRange(min=1), help="So many in all, on the first hosts. Default: all slots.")
+@click.option("--launcher", type=click.Choice(["ssh", "pdsh"]), default="ssh", show_default=True)
+@click.option("--ssh", "ssh_command", default="ssh", show_default=True, help="How to call it, as in 'ssh -p 2222'.")
+@click.option("--slurm", is_flag=True, help="Submit a job; within one, use its hosts.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Of the job.")
+@click.option("--ranks-per-node", type=click.IntRange(min=1), help="Default: a node's GPUs, or 1.")
+@click.option("--partition", help="Of the job; as are those below.")
+@click.option("--account")
+@click.option("--time", "time_limit", help="As Slurm writes it: 12:00:00. The run saves and is queued again before.")
+@click.option("--gpus-per-node", metavar="[TYPE:]N")
+@click.option("--cpus-per-node", type=click.IntRange(min=1))
+@click.option("--job-name", help="Default: the run file's.")
+@click.option("--sbatch", "more", multiple=True, metavar="OPTION", help="Any option of sbatch: --sbatch=--qos=high.")
+@click.option("--dry-run", is_flag=True, help="Print the job's script, or who would run where; start nothing.")
+@click.option("--exclude-bad", is_flag=True, help="Go on without hosts that cannot be reached or used.")
+@click.option("--logs", type=click.Choice(["main", "all"]), default="main", show_default=True, help="Ranks to show.")
+@click.option("--resume", metavar="latest|step-N|PATH", help="Default: the latest checkpoint, if there is one.")
+@click.option("--new-data", is_flag=True, help="Go on with documents that changed, from the next epoch on.")
+@_overrides
+def launch(run_file: Path, **options: Any) -> None:
+    """Train RUN_FILE on several hosts: over ssh with --hostfile, or under Slurm with --slurm.
+
+    All hosts are looked at first. If a worker or host fails, all others are ended, and the run goes on from its latest
+    checkpoint on the hosts that are left (launch.max_restarts). Ctrl-C finishes the step and saves.
+    """
+    from bigtune.launch.command import launch as stage
+
+    sys.exit(stage(run_file, **options))
 
 
 @main.command(epilog=_example("bigtune bench recipes/gsm8k.yaml --sweep micro_batch=1,max deepspeed=zero2,zero3"))

@@ -43,6 +43,12 @@ def _checkpointing(value: Any) -> Any:
     raise ValueError(f"{value!r}; allowed: none, full, or a number k, for every k-th layer")
 
 
+def _timeout(value: Any) -> Any:
+    if value in ("auto", None) or (type(value) in (int, float) and value > 0):
+        return value
+    raise ValueError(f"{value!r}; give seconds above 0, auto or none")
+
+
 class Section(BaseModel):
     """Base of the sections: immutable, no unknown key, no silent conversion between types."""
 
@@ -349,11 +355,10 @@ class Train(Section):
         description="steps in a row skipped for a loss or gradient that is not finite, at which the run stops; "
         "none: it never does",
     )
-    step_timeout_seconds: float | None = Field(
-        default=3600.0,
-        gt=0,
+    step_timeout_seconds: Annotated[float | Literal["auto"] | None, BeforeValidator(_timeout)] = Field(
+        default="auto",
         description="a step that takes longer ends the run with the stacks of all ranks; the first may take 600 "
-        "more; none: no limit",
+        "more; auto: ten times the longest step so far, two minutes at least, an hour for the first; none: no limit",
     )
 
     time_limit_minutes: float | None = Field(
@@ -429,6 +434,17 @@ class Evaluate(Section):
     batch_size: int = Field(default=32, ge=1, description="questions that are answered at once")
 
 
+class Launch(Section):
+    """What becomes of a run whose worker or host fails."""
+
+    max_restarts: int = Field(
+        default=0,
+        ge=0,
+        description="start again from the latest checkpoint so many times, without hosts that failed twice; not for "
+        "what would fail again, as a mistake in the data",
+    )
+
+
 class Run(Section):
     """One run, from raw data to a merged model."""
 
@@ -440,6 +456,7 @@ class Run(Section):
     train: Train
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate | None = None
+    launch: Launch = Launch()
     deepspeed: str = Field(default="zero3", description="a preset of ds_configs/, or the path of a JSON file")
     output: FilePath = Field(description="folder of the run: checkpoints, metrics, logs, documents")
 

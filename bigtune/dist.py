@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _own_groups: dict[int, Any] = {}
+JOB = "BIGTUNE_JOB"
+"""Names a launch, by which a run's lock knows that another host's was the same run's before it started again."""
 CHILD = "BIGTUNE_CHILD"
 """Tells workers that `bigtune train` started them: it has prepared their documents and shows their errors."""
 

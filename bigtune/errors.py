@@ -31,6 +31,10 @@ class TrainError(BigtuneError):
     """Training cannot go on: what it computes is not finite, a step hangs, ranks differ, or memory runs out."""
 
 
+class LostError(BigtuneError):
+    """Other ranks, or what started this one, are gone: the cause is theirs."""
+
+
 class LaunchError(BigtuneError):
     """Workers cannot be started as asked, or one of them failed."""
 
@@ -38,3 +42,8 @@ class LaunchError(BigtuneError):
 def counted(reasons: Mapping[str, int]) -> str:
     """Counts by reason, as messages tell them: `3 × empty text; 1 × not UTF-8`."""
     return "; ".join(f"{count:,} × {reason}" for reason, count in reasons.items() if count)
+
+
+def count_of(number: int, what: str) -> str:
+    """`1 core`, `2 cores`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -15,7 +15,7 @@ from bigtune.bench.compare import compare as compare_results
 from bigtune.bench.result import FILE, Result, read_results, results_folder
 from bigtune.bench.sweep import parse_ranks
 from bigtune.bench.words import settings_told
-from bigtune.train.signals import STOPPED
+from bigtune.process import STOPPED
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,14 @@ It needs nothing set by hand: it takes its cores, prepares the data if no one ha
 Cores and threads are set before torch is imported; that is why imports stand where they are needed.
 """
 
+import faulthandler
 import os
+import signal
+import socket
 import sys
 import time
 from contextlib import nullcontext, suppress
+from typing import Any
 
 BEGAN = time.monotonic()
 
@@ -16,11 +20,12 @@ import click  # noqa: E402
 from bigtune.config import Run  # noqa: E402
 from bigtune.dist import CHILD, World  # noqa: E402
 from bigtune.errors import BigtuneError  # noqa: E402
-from bigtune.process import end_with_parent  # noqa: E402
+from bigtune.process import STOPPED, USERS_ERROR, end_with_parent  # noqa: E402
 from bigtune.runfile import load_run  # noqa: E402
 from bigtune.train.console import WorkerConsole  # noqa: E402
 from bigtune.train.cores import bind, keep_memory  # noqa: E402
-from bigtune.train.signals import STOPPED, Requests  # noqa: E402
+from bigtune.train.rendezvous import meet, ranks_of_srun  # noqa: E402
+from bigtune.train.signals import Requests  # noqa: E402
 
 
 @click.command()
@@ -35,19 +40,23 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, new_data
     end_with_parent()
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    world = World.from_environment()
-    bind(world)
+    world = World()
     try:
+        os.environ.update(ranks_of_srun())
+        world = World.from_environment()
+        bind(world)
         run = load_run(run_file, overrides)
         console = WorkerConsole(run.output, world)
+        faulthandler.register(signal.SIGUSR2, all_threads=True, chain=True)  # stacks into the log, then the end
     except BigtuneError as error:
-        sys.exit(f"Error: {error}" if world.is_main else 1)
+        if world.local_rank == 0:  # once a host, which may lack a file that others have
+            print(f"Error: {error}" if world.is_main else f"Error: {socket.gethostname()}: {error}", file=sys.stderr)
+        sys.exit(USERS_ERROR)
     code = 0
     try:
         code = _work(run, world, resume, new_data, requests, console)
     except BaseException as error:
-        console.fail(error)
-        code = 1
+        code = console.fail(error)
     with suppress(OSError):  # a full disk, which `fail` has told
         sys.stdout.flush()
         sys.stderr.flush()
@@ -59,28 +68,42 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, new_data
 def _work(
     run: Run, world: World, resume: str | None, new_data: bool, requests: Requests, console: WorkerConsole
 ) -> int:
+    import torch
+
     from bigtune.data.prepare import prepare
     from bigtune.model.vocabulary import vocabulary_of
     from bigtune.train.lock import RunLock
+    from bigtune.train.pulse import Pulse
     from bigtune.train.start import documents_of, find_start
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a search and a warning
+        keep_memory()
+    store = meet(world)
+    pulse = Pulse(world, console)
+    pulse.join(store)  # before anything that takes long, or waits for others
     with RunLock(run.output) if world.is_main else nullcontext():
         if CHILD not in os.environ and not run.data.stream:  # the first rank works, the others wait
             keep = None if new_data else documents_of(find_start(run, resume, new_data))
             model_path = vocabulary_of(run.model, run.output).folder
             manifest = prepare(run.data, model_path, run.store, keep=keep, held_out=run.held_out)
             console.say(manifest.summary())
-        return _train(run, world, resume, new_data, requests, console)
+        done = _train(run, world, store, resume, new_data, requests, console)
+        torch.distributed.barrier()  # whoever leaves before the end has the others ended
+        pulse.leave()
+        torch.distributed.destroy_process_group()
+    return 0 if done else STOPPED
 
 
 def _train(
-    run: Run, world: World, resume: str | None, new_data: bool, requests: Requests, console: WorkerConsole
-) -> int:
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a search and a warning
-        keep_memory()
+    run: Run,
+    world: World,
+    store: Any,
+    resume: str | None,
+    new_data: bool,
+    requests: Requests,
+    console: WorkerConsole,
+) -> bool:
     from bigtune.train.ds_config import read_preset
     from bigtune.train.engine import connect
     from bigtune.train.loop import train
@@ -90,11 +113,8 @@ def _train(
     cpu_adam = ensure_ops(ops, console.say)
     if cpu_adam:
         load_ops(ops)
-    connect(world)
-    done = train(run, world, resume, requests, console, BEGAN, cpu_adam, new_data)
-    torch.distributed.barrier()  # whoever leaves before the end has the others ended
-    torch.distributed.destroy_process_group()
-    return 0 if done else STOPPED
+    connect(world, store)
+    return train(run, world, resume, requests, console, BEGAN, cpu_adam, new_data)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from bigtune.dist import CHILD, World
-from bigtune.errors import BigtuneError, LaunchError
+from bigtune.errors import BigtuneError, LaunchError, LostError
+from bigtune.process import LOST_OTHERS, USERS_ERROR
 from bigtune.progress import Bar
 
+SCREEN = "BIGTUNE_SCREEN"
+"""Set to `all`, every rank speaks to the terminal, not the first alone."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What gloo and NCCL say of a rank that is gone; its own words, or its silence, are the cause."""
 
 
 class WorkerConsole:
@@ -28,7 +33,7 @@ class WorkerConsole:
             LaunchError: the output folder cannot be written.
         """
         logs = output / "logs"
-        self.world, self.output = world, output
+        self.world, self.output, self.failed = world, output, False
         self.error_file = logs / f"rank-{world.rank}.error"
         try:
             logs.mkdir(parents=True, exist_ok=True)
@@ -45,15 +50,20 @@ class WorkerConsole:
     def say(self, text: str) -> None:
         """One line for the log, and from rank 0 for the terminal."""
         print(text, flush=True)
-        if self.world.is_main:
+        if self.world.is_main or os.environ.get(SCREEN) == "all":
             print(text, file=self.terminal, flush=True)
 
     def bar(self, stage: str) -> Bar | None:
         """A progress bar on rank 0's terminal."""
         return Bar(stage, self.terminal) if self.world.is_main else None
 
-    def fail(self, error: BaseException) -> None:
-        """Record why this worker ends: one line for what a user can mend, with the traceback for a bug of ours."""
+    def fail(self, error: BaseException) -> int:
+        """Record why this worker ends: one line for what a user can mend, with the traceback for a bug of ours.
+
+        Returns:
+            The exit code that tells launchers whether the cause is here, and whether the same would fail again.
+        """
+        code, self.failed = _code(error), True
         if isinstance(error, BigtuneError):
             line = told = str(error)
         elif isinstance(error, OSError) and error.errno in NO_ROOM:
@@ -67,3 +77,11 @@ class WorkerConsole:
             self.error_file.write_text(line + "\n", encoding="utf-8")
         if CHILD not in os.environ:
             print(f"Error: rank {self.world.rank}: {line}", file=self.terminal, flush=True)
+        return code
+
+
+def _code(error: BaseException) -> int:
+    if isinstance(error, LostError) or any(words in str(error) for words in LOST_RANK):
+        return LOST_OTHERS
+    mended = isinstance(error, BigtuneError) or (isinstance(error, OSError) and error.errno in NO_ROOM)
+    return USERS_ERROR if mended else 1

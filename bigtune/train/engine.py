@@ -37,17 +37,22 @@ from bigtune.train.zero2 import Zero2
 from bigtune.train.zero3 import Zero3
 
 
-def connect(world: World) -> None:
-    """Join the other workers: NCCL on CUDA, gloo elsewhere."""
+def connect(world: World, store: Any = None) -> None:
+    """Join the other workers: NCCL on CUDA, gloo elsewhere.
+
+    Args:
+        store: where they have met; by default they meet as the environment tells.
+    """
     import deepspeed
 
     # The shared-memory op would be compiled here, though only inference collectives use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
-    )
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if store is not None:
+        torch.distributed.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 @dataclass(frozen=True, slots=True)

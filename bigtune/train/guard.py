@@ -19,6 +19,7 @@ from bigtune import dist
 from bigtune.data.rows import Row, Rows
 from bigtune.dist import World
 from bigtune.errors import CheckpointError, TrainError
+from bigtune.process import LOST_OTHERS
 from bigtune.train.console import WorkerConsole
 from bigtune.train.metrics import MetricsLog
 
@@ -26,6 +27,8 @@ FIRST_STEP_SECONDS = 600.0
 """What the first step may take on top: files are opened, kernels are compiled."""
 HEAD_START_SECONDS, LEAVE_SECONDS = 1.0, 3.0
 """A rank that waits for others lets those speak first, whose stacks say why; then each lets all finish speaking."""
+UNKNOWN_SECONDS, LEAST_SECONDS, TIMES_THE_LONGEST = 3600.0, 120.0, 10.0
+"""What a step may take of which nothing is known, what any may, and how much more than the longest before."""
 PACKAGE = str(Path(__file__).parent.parent) + os.sep
 MOST_PLACES = 8
 """Files and rows that a message names."""
@@ -85,9 +88,11 @@ class NonFinite:
 class Watchdog:
     """Ends this rank, with the stacks of its threads in its log, when a step takes too long."""
 
-    def __init__(self, seconds: float | None, console: WorkerConsole) -> None:
-        self._seconds, self._console = seconds, console
-        self._extra = FIRST_STEP_SECONDS
+    def __init__(self, seconds: float | str | None, console: WorkerConsole) -> None:
+        """Watch for so many seconds a step; "auto": for as long as steps so far have no doubt about."""
+        self._auto, self._console = seconds == "auto", console
+        self._seconds = UNKNOWN_SECONDS if isinstance(seconds, str) else seconds
+        self._extra, self._longest = FIRST_STEP_SECONDS, 0.0
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -95,7 +100,7 @@ class Watchdog:
         if self._seconds is None:
             yield
             return
-        seconds, self._extra = self._seconds + self._extra, 0.0
+        began, seconds = time.monotonic(), self._seconds + self._extra
         timer = threading.Timer(seconds, self._expire, (number,))
         timer.daemon = True
         timer.start()
@@ -106,6 +111,13 @@ class Watchdog:
         finally:
             timer.cancel()
             faulthandler.cancel_dump_traceback_later()
+        if self._auto and not self._extra:  # the first also compiles, and opens files
+            self._longest = max(self._longest, time.monotonic() - began)
+            self._seconds = min(UNKNOWN_SECONDS, max(LEAST_SECONDS, TIMES_THE_LONGEST * self._longest))
+        self._extra = 0.0
+
+    def _limit(self) -> str:
+        return f"auto, {self._seconds:.0f} by now" if self._auto else f"{self._seconds:g}"
 
     def _expire(self, number: int) -> None:
         frame = sys._current_frames()[threading.main_thread().ident or 0]
@@ -114,13 +126,13 @@ class Watchdog:
         time.sleep(HEAD_START_SECONDS if waits else 0.0)
         self._console.fail(
             TrainError(
-                f"step {number} took longer than train.step_timeout_seconds ({self._seconds:g}); this rank "
+                f"step {number} took longer than train.step_timeout_seconds ({self._limit()}); this rank "
                 f"{'waited for others' if waits else 'was'} in {_place(frame)}; the stacks of all ranks are in "
                 f"{self._console.output / 'logs'}/rank-N.log"
             )
         )
         time.sleep(LEAVE_SECONDS + (0.0 if waits else HEAD_START_SECONDS))
-        os._exit(1)
+        os._exit(LOST_OTHERS if waits else 1)
 
 
 def _waits(frame: FrameType) -> bool:

@@ -19,12 +19,13 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
+from bigtune.dist import JOB
 from bigtune.errors import LaunchError
 
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 4 * BEAT_SECONDS
 """How long a lock of another host must not move to be taken for an abandoned one."""
-JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
+JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", JOB)
 
 
 class RunLock:

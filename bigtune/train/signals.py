@@ -8,9 +8,6 @@ SIGUSR1, which asks for a checkpoint.
 import signal
 from types import FrameType
 
-STOPPED = 130
-"""The exit code of a command that was interrupted, as shells give it."""
-
 
 class Requests:
     """Whether this worker was asked to stop, and whether to save."""

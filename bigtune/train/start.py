@@ -15,7 +15,7 @@ from bigtune.runfile import load_run
 
 FREE = (
     "train.steps", "train.epochs", "train.micro_batch", "train.activation_checkpointing", "train.max_skipped_steps",
-    "train.step_timeout_seconds", "train.time_limit_minutes", "checkpoint", "evaluate", "output",
+    "train.step_timeout_seconds", "train.time_limit_minutes", "checkpoint", "evaluate", "launch", "output",
     "data.store", "data.sources", "data.workers", "data.on_bad_row", "data.min_supervised",
 )  # fmt: skip
 """What may differ from the run file in the checkpoint: none of it changes the meaning of the state. What sources

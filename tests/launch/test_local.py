@@ -1,14 +1,11 @@
 """Workers of one host: how many there may be."""
 
 import os
-import signal
-import subprocess
-import threading
 
 import pytest
 
 from bigtune.errors import LaunchError
-from bigtune.launch.local import _Interrupts, check_ranks, default_ranks
+from bigtune.launch.local import check_ranks, default_ranks
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -36,36 +33,3 @@ def test_cores_that_this_process_may_not_use_do_not_count() -> None:
 
 def test_without_gpus_one_worker_takes_all_cores() -> None:
     assert default_ranks() == 1
-
-
-def test_an_interruption_while_the_launcher_starts_is_not_lost() -> None:
-    with _Interrupts() as interrupted:
-        signal.raise_signal(signal.SIGTERM)
-        process = subprocess.Popen(["sleep", "60"])
-        interrupted.watch(process)
-        assert process.wait(timeout=10) == -signal.SIGTERM
-    assert interrupted.count == 1
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_a_launcher_does_not_outlive_an_error_of_ours() -> None:
-    with pytest.raises(ZeroDivisionError), _Interrupts() as interrupted:
-        process = subprocess.Popen(["sleep", "60"])
-        interrupted.watch(process)
-        _ = 1 / 0
-    assert process.wait(timeout=10) == -signal.SIGKILL
-
-
-def test_off_the_main_thread_signals_are_left_alone() -> None:
-    seen = []
-
-    def use() -> None:
-        with _Interrupts() as interrupted:
-            process = subprocess.Popen(["true"])
-            interrupted.watch(process)
-            seen.append(process.wait(timeout=10))
-
-    thread = threading.Thread(target=use)
-    thread.start()
-    thread.join(timeout=20)
-    assert seen == [0]
