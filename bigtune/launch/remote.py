@@ -54,7 +54,7 @@ def launch(run: Run, hosts: Sequence[Host], way: Way, wishes: Wishes) -> bool:
         found = look(fleet, [host for host in hosts if host.name in fleet.links], run)
         found.bad |= {lost.host.name: f"cannot be reached: {lost.why}" for lost in unreached}
         hosts = _fit(fleet, hosts, found, wishes.exclude_bad)
-        devices = {name: fact["gpus"] for name, fact in found.facts.items()}
+        devices = {name: fact.get("gpus", ()) for name, fact in found.facts.items()}
         for line in (*found.lines, *measure(fleet, arrange(fleet, hosts, devices))):
             print(line, file=sys.stderr, flush=True)
         _make_ready(fleet, hosts, told, wishes)
