@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bigtune.checkpoint.torchfile import TorchFile, is_shape, read
-from bigtune.checkpoint.unpickle import inert
+from bigtune.checkpoint.unpickle import Named, RefusedError, inert
 from bigtune.errors import CheckpointError
 from bigtune.tensorfile import Place
 
@@ -33,12 +33,24 @@ ANOTHER = "merge another step"
 UNIVERSAL = "convert it with DeepSpeed's ds_to_universal.py"
 
 
+STAGES = ("disabled", "optimizer_states", "gradients", "weights")
+
+
 def _stage(number: object) -> object:
-    """deepspeed.runtime.zero.config.ZeroStageEnum."""
+    """deepspeed.runtime.zero.config.ZeroStageEnum, whose members are `STAGES`, by their numbers."""
     return number
 
 
+def _stage_by_name(of: object, name: object) -> int:
+    """getattr: how Python 3.11.0 to 3.11.3 pickle a member of an enumeration. Of anything else nothing is had."""
+    if isinstance(of, Named) and of.make is _stage and name in STAGES:
+        return STAGES.index(str(name))
+    raise RefusedError("asks for getattr")
+
+
 MAKERS: dict[str, Callable[..., object]] = {
+    "__builtin__.getattr": _stage_by_name,
+    "builtins.getattr": _stage_by_name,
     "deepspeed.runtime.zero.config.ZeroStageEnum": _stage,
     "deepspeed.runtime.fp16.loss_scaler.LossScaler": inert,
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": inert,

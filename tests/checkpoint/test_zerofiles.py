@@ -1,5 +1,6 @@
 """What the files of DeepSpeed's ZeRO-3 may say: checkpoints written by hand that are whole, and such as are not."""
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from bigtune.checkpoint.deepspeed import find, of_deepspeed
+from bigtune.checkpoint.unpickle import RefusedError, load
+from bigtune.checkpoint.zerofiles import MAKERS
 from bigtune.errors import CheckpointError
 from tests.checkpoint.test_deepspeed import as_deepspeed_reads, assembled, differing
 
@@ -167,3 +170,34 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
         "of_deepspeed(Path(sys.argv[1])); sys.exit(int(not {'torch', 'deepspeed'}.isdisjoint(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code, str(written(tmp_path))], check=True)
+
+
+class Asked:
+    """Something that a pickle takes an attribute of."""
+
+    def __init__(self, of: object, name: str) -> None:
+        self.asked = (of, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.asked
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_stage_is_read_as_early_python_3_11_writes_it_and_no_other_attribute(protocol: int) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    def read(of: object, name: str) -> object:
+        return load(pickle.dumps(Asked(of, name), protocol), MAKERS, lambda _: None)
+
+    for stage in ZeroStageEnum:
+        if stage.name != "max_stage":
+            assert read(ZeroStageEnum, stage.name) == stage.value
+    for of, name in (
+        (ZeroStageEnum, "__class__"),
+        (ZeroStageEnum, "mro"),
+        (LossScaler, "weights"),
+        ("text", "weights"),
+    ):
+        with pytest.raises(RefusedError, match="asks for getattr"):
+            read(of, name)
