@@ -206,7 +206,7 @@ class Cluster:
 
     def processes(self, host: str, word: str) -> list[int]:
         """Processes of a host, by its own numbers, whose command line has a word."""
-        found = self.run(host, ["pgrep", "-f", word]).stdout.split()
+        found = self.run(host, ["pgrep", "-f", "--", word]).stdout.split()
         return [int(number) for number in found]
 
     def down(self) -> None:
