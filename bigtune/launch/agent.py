@@ -122,7 +122,7 @@ class Agent:
             except OSError as error:
                 self.tell(failed=f"{order['setup']['folder']}: {error.strerror}")
                 return
-            self.tell(hello={"pid": os.getpid(), "time": time.time(), "address": _address_of_ssh()})
+            self.tell(hello=True)
         elif "start" in order:
             for asked in order["start"]:
                 self._start(asked)
@@ -205,12 +205,6 @@ def _text(path: Path | None) -> str:
         return path.read_text(encoding="utf-8", errors="replace") if path else ""
     except OSError:
         return ""
-
-
-def _address_of_ssh() -> str | None:
-    """The address under which ssh reached this host."""
-    words = os.environ.get("SSH_CONNECTION", "").split()
-    return words[2] if len(words) == 4 else None
 
 
 def main(arguments: list[str]) -> None:

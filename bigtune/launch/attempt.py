@@ -43,14 +43,14 @@ class Command:
     output: Path
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def order(self, place: Place, python: str) -> dict[str, object]:
+    def order(self, place: Place) -> dict[str, object]:
         """What an agent is told to start."""
         logs = self.output / "logs"
         local_rank = place.environment["LOCAL_RANK"]
         module, *arguments = self.module
         return {
             "name": str(place.rank),
-            "command": [python, "-u", "-m", module, f"--local_rank={local_rank}", *arguments],
+            "command": [sys.executable, "-u", "-m", module, f"--local_rank={local_rank}", *arguments],
             "environment": {**place.environment, **self.environment},
             "log": str(logs / f"rank-{place.rank}.log"),
             "error": str(logs / f"rank-{place.rank}.error"),
@@ -147,7 +147,7 @@ class _Watch:
             by_host.setdefault(place.host.name, []).append(place)
         for name, places in by_host.items():
             if name in self.fleet.links:
-                self.fleet.links[name].send(start=[command.order(place, sys.executable) for place in places])
+                self.fleet.links[name].send(start=[command.order(place) for place in places])
             else:
                 self.lose(Lost(places[0].host, "it is not heard any more"))
 

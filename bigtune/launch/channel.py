@@ -7,7 +7,7 @@ Orders:
     end      {signal, grace}: the same, and SIGKILL after so many seconds
 
 Events:
-    hello    {pid, time, address}: ready for orders
+    hello    true: ready for orders
     failed   why it is not
     output   {name, text}: a line that a process printed
     exit     {name, code, error, tail}: a process has ended, a signal's number negative; its last words, where it failed

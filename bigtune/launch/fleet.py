@@ -68,7 +68,7 @@ class Fleet:
         """Start agents where there are none; tells which hosts could not be reached, and why.
 
         Raises:
-            OSError: the program that reaches hosts cannot be started here.
+            LaunchError: the program that reaches hosts cannot be started here.
         """
         asked = [host for host in hosts if host.name not in self.links]
         for host in asked:
@@ -118,25 +118,18 @@ class Fleet:
         return Lost(host, why)
 
     def everywhere(
-        self, hosts: Sequence[Host], command: Sequence[str], environment: Mapping[str, str], seconds: float,
-        show: bool = False,
-    ) -> dict[str, Outcome]:  # fmt: skip
+        self, hosts: Sequence[Host], command: Sequence[str], environment: Mapping[str, str], seconds: float
+    ) -> dict[str, Outcome]:
         """Run one command on each host at once, to its end.
 
         Returns:
             What came of it by host; no code where a host was lost or took too long.
         """
         commands = {host.name: (list(command), dict(environment)) for host in hosts}
-        return self.each(commands, seconds, show)
+        return self.each(commands, seconds)
 
-    def each(
-        self, commands: Mapping[str, tuple[list[str], dict[str, str]]], seconds: float, show: bool = False
-    ) -> dict[str, Outcome]:
-        """Run a command a host, with its environment, at once, to their end.
-
-        Args:
-            show: print what they print, as it comes.
-        """
+    def each(self, commands: Mapping[str, tuple[list[str], dict[str, str]]], seconds: float) -> dict[str, Outcome]:
+        """Run a command a host, with its environment, at once, to their end; by host, as `everywhere`."""
         found = {name: Outcome() for name in commands}
         for name, (command, environment) in commands.items():
             asked = {"name": "command", "command": command, "environment": environment, "capture": True}
@@ -154,8 +147,6 @@ class Fleet:
             host, event = heard
             if "output" in event:
                 found[host.name].lines.append(event["output"]["text"])
-                if show:
-                    print(event["output"]["text"], flush=True)
             elif "exit" in event:
                 found[host.name].code = event["exit"]["code"]
                 waits.discard(host.name)
@@ -174,5 +165,4 @@ class Fleet:
     def _keep_beating(self) -> None:
         while not self._closed.wait(BEAT_SECONDS):
             for link in list(self.links.values()):
-                if link.open:
-                    link.send()
+                link.send()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from bigtune.errors import LaunchError
 from bigtune.launch.channel import SILENT_SECONDS, Event, decode, encode
 from bigtune.launch.hosts import Host
 from bigtune.process import end_with_parent
@@ -82,34 +83,33 @@ class Link:
     heard: float | None = None
     """When, by this host's clock; None before the first word: a shared disk may be slow to start Python from."""
     words: deque[str] = field(default_factory=lambda: deque(maxlen=WORDS_KEPT))
-    open: bool = True
 
     @classmethod
     def start(cls, host: Host, way: Way, events: "queue.Queue[tuple[Link, Event | None]]") -> "Link":
         """Start an agent; whether it came up is told by its events.
 
         Raises:
-            OSError: the program that reaches hosts is not there, or orders cannot be written.
+            LaunchError: the program that reaches hosts is not there, or orders cannot be written.
         """
         options: list[str] = []
         followed = None
         if way.orders is not None:
-            way.orders.mkdir(parents=True, exist_ok=True)
             followed = way.orders / f"orders-{host.name}-{secrets.token_hex(4)}"
-            followed.touch(mode=0o600)
+            try:
+                way.orders.mkdir(parents=True, exist_ok=True)
+                followed.touch(mode=0o600)
+            except OSError as error:
+                raise LaunchError(f"{way.orders}: cannot be written: {error.strerror}") from None
             options = ["--follow", str(followed)]
         if way.is_local:
             ours, theirs = os.pipe()
-            process = subprocess.Popen(
-                way.command(host, ["--events", str(theirs)]), stdin=subprocess.PIPE, pass_fds=(theirs,),
-                start_new_session=True, preexec_fn=end_with_parent,
-            )  # fmt: skip
+            process = _run(way.command(host, ["--events", str(theirs)]), stdin=subprocess.PIPE, pass_fds=(theirs,))
             os.close(theirs)
             told: IO[bytes] = os.fdopen(ours, "rb")
         else:
-            process = subprocess.Popen(
+            process = _run(
                 way.command(host, options), stdin=subprocess.DEVNULL if followed else subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=end_with_parent,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
             assert process.stdout is not None
             told = process.stdout
@@ -122,7 +122,7 @@ class Link:
         return link
 
     def send(self, **order: Any) -> None:
-        """An order, or a sign of life. A host that is gone is told by its events."""
+        """An order, or a sign of life. A host that is gone, or was let go, is told by its events."""
         with suppress(OSError, ValueError):
             self.orders.write(encode(order))
             self.orders.flush()
@@ -134,7 +134,6 @@ class Link:
 
     def close(self) -> None:
         """Let the agent end, with all that it runs; what reaches it is ended where it does not end by itself."""
-        self.open = False
         with suppress(OSError):
             self.orders.close()
         if self.followed:
@@ -161,6 +160,14 @@ class Link:
             text = line.decode(errors="replace").strip()
             if text:
                 self.words.append(text)
+
+
+def _run(command: Sequence[str], **streams: Any) -> "subprocess.Popen[bytes]":
+    """A process in a session of its own, that ends with this one."""
+    try:
+        return subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent, **streams)
+    except FileNotFoundError as error:
+        raise LaunchError(f"{error.filename}: there is no such program on this host") from None
 
 
 def last_words(link: Link) -> str:

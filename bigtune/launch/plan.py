@@ -52,7 +52,7 @@ class Plan:
         found = {
             "MASTER_ADDR": self.address, "MASTER_PORT": str(self.port), "WORLD_SIZE": str(self.world_size),
             "LOCAL_SIZE": str(len(host.slots)), "LOCAL_WORLD_SIZE": str(len(host.slots)),
-            "CROSS_RANK": str(node), "CROSS_SIZE": str(len(self.hosts)), "BIGTUNE_HOST": host.name,
+            "CROSS_RANK": str(node), "CROSS_SIZE": str(len(self.hosts)),
         }  # fmt: skip
         devices = self.devices.get(host.name, ())
         if devices:

@@ -124,7 +124,7 @@ def srun(environment: Mapping[str, str] = os.environ) -> Way:
     cores = re.match(r"\d+", environment.get("SLURM_JOB_CPUS_PER_NODE", ""))
     share = [f"--cpus-per-task={cores[0]}"] if cores else []
     options = ["--overlap", "--nodes=1", "--ntasks=1", "--unbuffered", "--quiet", "--no-kill", *share, "--nodelist"]
-    return Way(("srun", *options), shell=False)
+    return Way(("srun", *options))
 
 
 def requeue(environment: Mapping[str, str] = os.environ) -> bool:

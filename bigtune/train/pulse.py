@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from bigtune.dist import World
@@ -34,6 +35,7 @@ class Pulse:
     def __init__(self, world: World, console: WorkerConsole) -> None:
         self._world, self._console = world, console
         self._left = threading.Event()
+        self._thread: threading.Thread | None = None
         self._parent = os.getppid()
 
     def join(self, store: Any) -> None:
@@ -52,7 +54,7 @@ class Pulse:
             family = socket.AF_INET6 if ":" in os.environ.get("MASTER_ADDR", "") else socket.AF_INET
             listener = socket.create_server(("", 0), family=family, backlog=self._world.world_size)
             store.set(KEY, str(listener.getsockname()[1]))
-            threading.Thread(target=self._lead, args=(listener,), name="bigtune-pulse", daemon=True).start()
+            self._begin(self._lead, listener)
             return
         address = os.environ["MASTER_ADDR"], int(store.get(KEY))
         try:
@@ -61,12 +63,17 @@ class Pulse:
             where = f"{address[0]}, port {address[1]}"
             raise LostError(f"rank 0 cannot be reached ({where}: {error.strerror or error})") from None
         connection.sendall(json.dumps([self._world.rank, socket.gethostname()]).encode() + b"\n")
-        threading.Thread(target=self._follow, args=(connection,), name="bigtune-pulse", daemon=True).start()
+        self._begin(self._follow, connection)
 
     def leave(self) -> None:
         """From here on others may end, and this rank."""
         self._left.set()
-        time.sleep(0)  # lets the thread say so
+        if self._thread is not None:
+            self._thread.join(2 * BEAT_SECONDS)  # it says so, before this process's end could be taken for a failure
+
+    def _begin(self, work: Callable[[socket.socket], None], by: socket.socket) -> None:
+        self._thread = threading.Thread(target=work, args=(by,), name="bigtune-pulse", daemon=True)
+        self._thread.start()
 
     def _lead(self, listener: socket.socket) -> None:
         members: dict[socket.socket, _Member] = {}

@@ -14,12 +14,13 @@ import secrets
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.processes import alive, until
 
 PACKAGES = {
     "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge", "sshd": "openssh-server",
@@ -115,7 +116,7 @@ class Cluster:
         """Boot a login host and so many nodes.
 
         Raises:
-            RuntimeError: a part does not come up; its log is in the message.
+            AssertionError: a part does not come up; its log is in the message.
         """
         folder = ROOT / secrets.token_hex(2)
         folder.mkdir(parents=True, mode=0o755)
@@ -217,9 +218,7 @@ class Cluster:
                 os.kill(holder, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        until = time.monotonic() + 10
-        while time.monotonic() < until and any(_alive(holder) for holder in holders):
-            time.sleep(0.02)
+        until(lambda: not any(map(alive, holders)), seconds=10)
         if (self.folder / CREATED).exists():
             for path in (self.folder / CREATED).read_text().split():
                 with suppress(OSError):  # someone uses it by now
@@ -333,17 +332,8 @@ while :; do sleep 3600 & wait $!; done
 
 
 def _until(ready: Callable[[], Any], problem: str, folder: Path) -> None:
-    until = time.monotonic() + UP_SECONDS
-    while not ready():
-        if time.monotonic() > until:
-            logs = [path for path in sorted(folder.rglob("*")) if path.suffix in (".log", ".output") and path.is_file()]
-            said = "\n".join(f"{path}: {path.read_text(errors='replace')[-1000:]}" for path in logs)
-            raise RuntimeError(f"{problem}\n{said}")
-        time.sleep(0.05)
+    def logs() -> str:
+        paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".log", ".output") and path.is_file()]
+        return "\n".join([problem, *(f"{path}: {path.read_text(errors='replace')[-1000:]}" for path in paths)])
 
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    until(ready, UP_SECONDS, logs)

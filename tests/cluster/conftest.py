@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from bigtune.runfile import to_yaml
+from tests import processes
 from tests.cluster.cluster import LOGIN, Cluster, missing
 from tests.tiny import tiny_model, tiny_run, write_rows
 
@@ -144,7 +144,4 @@ def together(cluster: Cluster, parts: Path, tmp_path_factory: pytest.TempPathFac
 
 def until(what: Callable[[], Any], log: Path | None = None, seconds: float = SECONDS) -> None:
     """Wait for something, or fail with what a log says."""
-    limit = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < limit, log.read_text() if log and log.exists() else "too late"
-        time.sleep(0.05)
+    processes.until(what, seconds, lambda: log.read_text() if log and log.exists() else "too late")

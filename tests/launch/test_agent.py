@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from bigtune.launch.interrupts import Interrupts
 from bigtune.launch.link import LOCAL
 from bigtune.launch.plan import Plan
 from bigtune.process import LOST_OTHERS, STOPPED, USERS_ERROR
+from tests.processes import alive, until
 
 HOST = Host("here", (0, 1))
 BEGIN = """
@@ -36,23 +37,9 @@ while not (folder / "1.json").exists():
 """
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def eventually(what: Callable[[], Any], seconds: float = 30.0) -> None:
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 def told(folder: Path) -> list[dict[str, Any]]:
     """What both workers found, once they have begun."""
-    eventually(lambda: all((folder / f"{rank}.json").exists() for rank in (0, 1)))
+    until(lambda: all((folder / f"{rank}.json").exists() for rank in (0, 1)), seconds=30)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -148,20 +135,13 @@ def start_launcher(folder: Path, body: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-c", script])
 
 
-def test_if_the_launcher_is_killed_all_end(folder: Path) -> None:
-    launcher = start_launcher(folder, "time.sleep(600)")
+@pytest.mark.parametrize("body", ["", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"], ids=["asked", "deaf"])
+def test_if_the_launcher_is_killed_all_end(folder: Path, body: str) -> None:
+    launcher = start_launcher(folder, body + "time.sleep(600)")
     started = pids(folder)
     launcher.kill()
     launcher.wait()
-    eventually(lambda: not any(map(alive, started)), seconds=15)
-
-
-def test_if_the_launcher_is_killed_workers_that_do_not_stop_end_too(folder: Path) -> None:
-    launcher = start_launcher(folder, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)")
-    started = pids(folder)
-    launcher.kill()
-    launcher.wait()
-    eventually(lambda: not any(map(alive, started)), seconds=15)
+    until(lambda: not any(map(alive, started)), seconds=15)
 
 
 def test_an_agent_that_hears_nothing_ends_what_it_runs(folder: Path) -> None:
