@@ -83,6 +83,7 @@ class Link:
     heard: float | None = None
     """When, by this host's clock; None before the first word: a shared disk may be slow to start Python from."""
     words: deque[str] = field(default_factory=lambda: deque(maxlen=WORDS_KEPT))
+    listener: threading.Thread | None = None
 
     @classmethod
     def start(cls, host: Host, way: Way, events: "queue.Queue[tuple[Link, Event | None]]") -> "Link":
@@ -117,7 +118,8 @@ class Link:
         assert orders is not None
         link = cls(host, events, process, orders, followed)
         if process.stderr is not None:
-            threading.Thread(target=link._keep_words, args=(process.stderr,), daemon=True).start()
+            link.listener = threading.Thread(target=link._keep_words, args=(process.stderr,), daemon=True)
+            link.listener.start()
         threading.Thread(target=link._read, args=(told,), daemon=True).start()
         return link
 
@@ -171,5 +173,7 @@ def _run(command: Sequence[str], **streams: Any) -> "subprocess.Popen[bytes]":
 
 
 def last_words(link: Link) -> str:
-    """What the program that reached a host, or the shell there, said last."""
+    """What the program that reached a host, or the shell there, said last, once it has ended."""
+    if link.listener is not None:
+        link.listener.join(1.0)
     return link.words[-1] if link.words else f"its agent ended with code {link.process.poll()}"
