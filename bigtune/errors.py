@@ -39,6 +39,14 @@ class LaunchError(BigtuneError):
     """Workers cannot be started as asked, or one of them failed."""
 
 
+class UnfitError(LaunchError):
+    """Hosts that a run cannot have, each with the reason: it may go on without them."""
+
+    def __init__(self, bad: Mapping[str, str]) -> None:
+        super().__init__("\n".join(f"{name}: {why}" for name, why in bad.items()))
+        self.bad = dict(bad)
+
+
 def counted(reasons: Mapping[str, int]) -> str:
     """Counts by reason, as messages tell them: `3 × empty text; 1 × not UTF-8`."""
     return "; ".join(f"{count:,} × {reason}" for reason, count in reasons.items() if count)

@@ -1,36 +1,54 @@
 """A short all-reduce of the first host with each other, and of all: `python -m bigtune.launch.allreduce`.
 
-One rank a host. Rank 0 prints, as JSON, the bandwidth of each: bytes of the tensor that are reduced a second.
+One rank a host. Rank 0 prints, as JSON, the bandwidth of each: bytes of the tensor that are reduced a second. A rank
+that misses others says so by its exit code.
 """
 
 import json
-import os
+import sys
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed
 
+from bigtune.dist import World
+from bigtune.errors import BigtuneError
+from bigtune.process import LOST_OTHERS
+from bigtune.train.rendezvous import meet
+
 MEBIBYTES = 16
 ROUNDS = 3
-LIMIT = timedelta(seconds=60)
+LIMIT = timedelta(seconds=30)
 
 
 def main() -> None:
     """Measure on every rank."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    cuda = torch.cuda.is_available()
-    distributed.init_process_group("nccl" if cuda else "gloo", timeout=LIMIT)
-    tensor = torch.ones(MEBIBYTES * 2**18, device="cuda" if cuda else "cpu")
-    found = {}
-    for other in range(1, world):
+    world = World.from_environment()
+    tensor = torch.ones(MEBIBYTES * 2**18, device="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = _reduce(tensor, world, meet(world))
+    except (BigtuneError, RuntimeError) as error:  # of the store, gloo or NCCL
+        print(str(error).splitlines()[0], flush=True)
+        sys.exit(LOST_OTHERS)
+    if world.is_main:
+        print(json.dumps({"gib_per_second": found}), flush=True)
+
+
+def _reduce(tensor: torch.Tensor, world: World, store: Any) -> list[float]:
+    backend = "nccl" if tensor.is_cuda else "gloo"
+    distributed.init_process_group(
+        backend, store=store, rank=world.rank, world_size=world.world_size, timeout=LIMIT
+    )  # fmt: skip
+    found = [0.0] * world.world_size
+    for other in range(1, world.world_size):
         pair = distributed.new_group([0, other], timeout=LIMIT)
-        if rank in (0, other):
+        if world.rank in (0, other):
             found[other] = _speed(tensor, pair)
     found[0] = _speed(tensor, None)
-    if rank == 0:
-        print(json.dumps({"gib_per_second": [found[place] for place in range(world)]}), flush=True)
     distributed.destroy_process_group()
+    return found
 
 
 def _speed(tensor: torch.Tensor, group: distributed.ProcessGroup | None) -> float:

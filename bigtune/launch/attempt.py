@@ -13,14 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bigtune.launch.channel import SILENT_SECONDS, Event
-from bigtune.launch.fleet import Fleet, Lost
+from bigtune.launch.fleet import SETTLE_SECONDS, Fleet, Lost
 from bigtune.launch.hosts import Host
 from bigtune.launch.interrupts import Interrupts
 from bigtune.launch.plan import Place, Plan
 from bigtune.process import LOST_OTHERS, STOPPED, USERS_ERROR, signal_name
 
-SETTLE_SECONDS = 1.0
-"""For others to fail as well, one of which may have been the first."""
 DUMP_SECONDS = 4.0
 """For stacks, then SIGKILL."""
 LOST = re.compile(r"rank (?P<rank>\d+)(?: on \S+)? is lost: (?P<why>.+)")

@@ -1,5 +1,6 @@
 """The agents of all hosts of a run: reached together, heard together, kept alive by a sign each second."""
 
+import itertools
 import queue
 import subprocess
 import threading
@@ -15,6 +16,8 @@ from bigtune.launch.link import Link, Way, last_words
 
 REACH_SECONDS = 60.0
 """For an agent to come up."""
+SETTLE_SECONDS = 1.0
+"""For others to fail as well, one of which may have been the first."""
 CLOSE_SECONDS = 12.0
 """For an agent to end what it runs, once its launcher leaves: longer than it takes by itself."""
 
@@ -33,6 +36,8 @@ class Outcome:
 
     code: int | None = None
     lines: list[str] = field(default_factory=list)
+    unended: bool = False
+    """It took too long, or waited for one that failed."""
 
     @property
     def last(self) -> str:
@@ -48,6 +53,7 @@ class Fleet:
         self._setup = {"folder": folder, "environment": dict(environment)}
         self._events: queue.Queue[tuple[Link, Event | None]] = queue.Queue()
         self._closed = threading.Event()
+        self._numbers = itertools.count()
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._keep_beating, name="bigtune-beat", daemon=True).start()
@@ -128,31 +134,46 @@ class Fleet:
         commands = {host.name: (list(command), dict(environment)) for host in hosts}
         return self.each(commands, seconds)
 
-    def each(self, commands: Mapping[str, tuple[list[str], dict[str, str]]], seconds: float) -> dict[str, Outcome]:
-        """Run a command a host, with its environment, at once, to their end; by host, as `everywhere`."""
+    def each(
+        self, commands: Mapping[str, tuple[list[str], dict[str, str]]], seconds: float, together: bool = False
+    ) -> dict[str, Outcome]:
+        """Run a command a host, with its environment, at once, to their end; by host, as `everywhere`.
+
+        Args:
+            together: once one fails the others, which would wait for it, are ended.
+        """
+        own = f"command-{next(self._numbers)}"
         found = {name: Outcome() for name in commands}
         for name, (command, environment) in commands.items():
-            asked = {"name": "command", "command": command, "environment": environment, "capture": True}
+            asked = {"name": own, "command": command, "environment": environment, "capture": True}
             if name in self.links:
                 self.links[name].send(start=[asked])
         waits, until = set(commands) & set(self.links), time.monotonic() + seconds
+        failed = len(waits) < len(commands)
         while waits and time.monotonic() < until:
             heard = self.hear(0.1)
             if isinstance(heard, Lost):
-                waits.discard(heard.host.name)
-                found[heard.host.name].lines.append(heard.why)
-                continue
-            if heard is None:
-                continue
-            host, event = heard
-            if "output" in event:
-                found[host.name].lines.append(event["output"]["text"])
-            elif "exit" in event:
-                found[host.name].code = event["exit"]["code"]
-                waits.discard(host.name)
-                if event["exit"].get("error"):
-                    found[host.name].lines.append(event["exit"]["error"])
+                if heard.host.name in found:
+                    waits.discard(heard.host.name)
+                    found[heard.host.name].lines.append(heard.why)
+                    failed = True
+            elif heard is not None:
+                host, event = heard
+                told = event.get("output") or event.get("exit") or {}
+                if told.get("name") != own:
+                    continue  # of what was run before
+                outcome = found[host.name]
+                if "output" in event:
+                    outcome.lines.append(told["text"])
+                else:
+                    outcome.code = told["code"]
+                    outcome.lines += [told["error"]] * bool(told.get("error"))
+                    waits.discard(host.name)
+                    failed |= outcome.code != 0
+            if failed and together:
+                until, failed = min(until, time.monotonic() + SETTLE_SECONDS), False
         for name in waits:
+            found[name].unended = True
             found[name].lines.append(f"did not end within {seconds:g} s")
             self.links[name].send(end={"signal": 9, "grace": 0})
         return found

@@ -6,18 +6,20 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bigtune.config import Run
-from bigtune.errors import LaunchError, count_of
+from bigtune.errors import UnfitError, count_of
 from bigtune.launch.check import RUN
 from bigtune.launch.fleet import Fleet, Outcome
 from bigtune.launch.hosts import Host
 from bigtune.launch.plan import Plan
+from bigtune.process import LOST_OTHERS
 from bigtune.runfile import to_yaml
 
 CHECK = [sys.executable, "-m", "bigtune.launch.check"]
+REDUCE = [sys.executable, "-m", "bigtune.launch.allreduce"]
 FACTS_SECONDS, MEET_SECONDS, REDUCE_SECONDS = 120.0, 60.0, 180.0
 CLOCK_SECONDS = 5.0
 """How far clocks may be apart before it is told; nothing here depends on them, but logs are read by them."""
@@ -95,12 +97,12 @@ def arrange(fleet: Fleet, hosts: Sequence[Host], devices: Mapping[str, Sequence[
     """Find the address and interfaces by which all hosts reach the first, and a free port there.
 
     Raises:
-        LaunchError: a host reaches none of the first one's addresses.
+        UnfitError: hosts that do not reach the first one where others do; or the first, where none does.
     """
     first, others = hosts[0], hosts[1:]
     answers, bad = _answers(fleet.everywhere([first], [*CHECK, "meet"], {}, MEET_SECONDS))
     if bad:
-        raise LaunchError(f"{first.name}: {bad[first.name]}")
+        raise UnfitError(bad)
     asked, port = answers[first.name]["ports"]
     addresses: dict[str, str | None] = answers[first.name]["addresses"]
     if not others:
@@ -110,14 +112,20 @@ def arrange(fleet: Fleet, hosts: Sequence[Host], devices: Mapping[str, Sequence[
     }
     commands[first.name] = ([*CHECK, "listen", str(asked), str(len(others))], {})
     answers, bad = _answers(fleet.each(commands, MEET_SECONDS))
-    reached = {host.name: answers[host.name]["reached"] if host.name in answers else {} for host in others}
-    for name, found in reached.items():
-        if not found:
-            why = bad.get(name, f"reaches {first.name} under none of {', '.join(addresses) or 'its addresses'}")
-            raise LaunchError(f"{name}: {why}; look at routes and firewalls between the hosts")
-    address = next((name for name in addresses if all(name in found for found in reached.values())), None)
-    if address is None:
-        raise LaunchError(f"{first.name}: no address of it ({', '.join(addresses)}) is reached by all other hosts")
+    if bad:
+        raise UnfitError(bad)
+    reached = {host.name: answers[host.name]["reached"] for host in others}
+    address = max(addresses, key=lambda each: sum(each in found for found in reached.values()), default="")
+    far = {
+        name: f"reaches {first.name} under {', '.join(found) or 'none of its addresses'}, others under {address}; "
+        "look at routes and firewalls between the hosts"
+        for name, found in reached.items()
+        if address not in found
+    }
+    if 1 < len(far) == len(others):
+        far = {first.name: f"no other host reaches it under {', '.join(addresses) or 'any address'}"}
+    if far:
+        raise UnfitError(far)
     interfaces = {name: found[address] for name, found in reached.items()} | {first.name: addresses[address]}
     return Plan(hosts, address, port, devices, {name: found for name, found in interfaces.items() if found})
 
@@ -133,18 +141,13 @@ def measure(fleet: Fleet, plan: Plan) -> list[str]:
     """Reduce something over all hosts, each with the first, and tell how fast.
 
     Raises:
-        LaunchError: it failed, or took too long.
+        UnfitError: hosts with which it fails, or takes too long.
     """
     if len(plan.hosts) == 1:
         return []
-    ones = Plan([Host(host.name, host.slots[:1]) for host in plan.hosts], plan.address, plan.port, plan.devices,
-                plan.interfaces)  # fmt: skip
-    command = [sys.executable, "-m", "bigtune.launch.allreduce"]
-    outcomes = fleet.each({place.host.name: (command, place.environment) for place in ones.places()}, REDUCE_SECONDS)
-    failed = {name: outcome for name, outcome in outcomes.items() if outcome.code != 0}
-    if failed:
-        said = "; ".join(f"{name}: {outcome.last}" for name, outcome in failed.items())
-        raise LaunchError(f"an all-reduce over the hosts failed: {said}")
+    outcomes = _reduce(fleet, plan)
+    if any(outcome.code != 0 for outcome in outcomes.values()):
+        raise UnfitError(_at_fault(fleet, plan, outcomes))
     every, *pairs = json.loads(outcomes[plan.hosts[0].name].last)["gib_per_second"]
     alone = ", ".join(f"{host.name} {speed:.2f}" for host, speed in zip(plan.hosts[1:], pairs, strict=True))
     lines = [f"all-reduce over {plan.address}: {every:.2f} GiB/s; with {plan.hosts[0].name} alone: {alone}"]
@@ -153,6 +156,39 @@ def measure(fleet: Fleet, plan: Plan) -> list[str]:
         if speed < SLOW * usual:
             lines.append(f"note: {host.name} is slow to reach: {speed:.2f} GiB/s, where others have {usual:.2f}")
     return lines
+
+
+def _reduce(fleet: Fleet, plan: Plan) -> dict[str, Outcome]:
+    """One rank a host, whatever its slots."""
+    ones = replace(plan, hosts=[replace(host, slots=host.slots[:1]) for host in plan.hosts])
+    commands = {place.host.name: (REDUCE, place.environment) for place in ones.places()}
+    return fleet.each(commands, REDUCE_SECONDS, together=True)
+
+
+def _at_fault(fleet: Fleet, plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, str]:
+    """Which hosts an all-reduce fails with: those that fail by themselves, or, where all miss each other, those that
+    the first one cannot reduce with alone."""
+    alone = {
+        name: f"an all-reduce fails there: {outcome.last}"
+        for name, outcome in outcomes.items()
+        if not outcome.unended and outcome.code not in (0, LOST_OTHERS)
+    }
+    if alone:
+        return alone
+    first, *others = plan.hosts
+    bad: dict[str, str] = {}
+    for other in others:
+        try:
+            pair = arrange(fleet, [first, other], plan.devices)
+        except UnfitError as error:
+            bad |= error.bad
+            continue
+        failed = [outcome for outcome in _reduce(fleet, pair).values() if outcome.code != 0]
+        if failed:
+            bad[other.name] = f"an all-reduce with {first.name} fails: {failed[0].last}"
+    if 1 < len(bad) == len(others):
+        return {first.name: f"an all-reduce with it fails from each other host; {next(iter(bad.values()))}"}
+    return bad or {first.name: f"an all-reduce over all hosts fails: {outcomes[first.name].last}"}
 
 
 def _answers(outcomes: Mapping[str, Outcome]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

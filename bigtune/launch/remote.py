@@ -1,6 +1,5 @@
 """A run on several hosts: looked at, made ready, trained, and its hosts left as they were."""
 
-import json
 import os
 import secrets
 import sys
@@ -10,16 +9,16 @@ from pathlib import Path
 
 from bigtune.config import Run
 from bigtune.dist import CHILD, JOB
-from bigtune.errors import LaunchError
+from bigtune.errors import LaunchError, UnfitError
 from bigtune.launch.attempt import Command, worker_arguments
 from bigtune.launch.check import RUN
-from bigtune.launch.fleet import Fleet
+from bigtune.launch.fleet import Fleet, Outcome
 from bigtune.launch.hosts import Host
 from bigtune.launch.interrupts import Interrupts
 from bigtune.launch.link import Way
 from bigtune.launch.plan import Plan
-from bigtune.launch.preflight import Found, arrange, latest_of, look, measure
-from bigtune.launch.supervise import Restarts, supervise
+from bigtune.launch.preflight import arrange, latest_of, look, measure
+from bigtune.launch.supervise import Restarts, note, supervise
 from bigtune.runfile import to_yaml
 from bigtune.train.console import SCREEN
 
@@ -53,14 +52,14 @@ def launch(run: Run, hosts: Sequence[Host], way: Way, wishes: Wishes) -> bool:
         unreached = fleet.reach(hosts)
         found = look(fleet, [host for host in hosts if host.name in fleet.links], run)
         found.bad |= {lost.host.name: f"cannot be reached: {lost.why}" for lost in unreached}
-        hosts = _fit(fleet, hosts, found, wishes.exclude_bad)
+        hosts = _without(fleet, hosts, found.bad, wishes.exclude_bad)
         devices = {name: fact.get("gpus", ()) for name, fact in found.facts.items()}
-        for line in (*found.lines, *measure(fleet, arrange(fleet, hosts, devices))):
-            print(line, file=sys.stderr, flush=True)
-        _make_ready(fleet, hosts, told, wishes)
+        note(*found.lines)
+        hosts = _measured(fleet, hosts, devices, wishes.exclude_bad)
+        hosts = _made_ready(fleet, hosts, told, wishes)
 
         def plan(left: Sequence[Host]) -> Plan:
-            return arrange(fleet, left, devices)
+            return _arranged(fleet, left, devices, exclude_bad=True)
 
         def latest(left: Sequence[Host]) -> int | None:
             return latest_of(fleet, left[0], told)
@@ -80,41 +79,65 @@ def carried(environment: Mapping[str, str]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _fit(fleet: Fleet, hosts: Sequence[Host], found: Found, exclude_bad: bool) -> list[Host]:
+def _arranged(fleet: Fleet, hosts: Sequence[Host], devices: Mapping[str, Sequence[str]], exclude_bad: bool) -> Plan:
+    """A plan for the hosts that reach the first one."""
+    while True:
+        try:
+            return arrange(fleet, hosts, devices)
+        except UnfitError as error:
+            hosts = _without(fleet, hosts, error.bad, exclude_bad)
+
+
+def _measured(
+    fleet: Fleet, hosts: Sequence[Host], devices: Mapping[str, Sequence[str]], exclude_bad: bool
+) -> Sequence[Host]:
+    """The hosts over which an all-reduce works."""
+    while True:
+        plan = _arranged(fleet, hosts, devices, exclude_bad)
+        try:
+            note(*measure(fleet, plan))
+            return plan.hosts
+        except UnfitError as error:
+            hosts = _without(fleet, plan.hosts, error.bad, exclude_bad)
+
+
+def _made_ready(fleet: Fleet, hosts: Sequence[Host], told: Mapping[str, str], wishes: Wishes) -> Sequence[Host]:
+    """Prepare on the first host, then on the others; the hosts that have the same documents.
+
+    Raises:
+        LaunchError: what the first host says is wrong.
+    """
+    first, *others = hosts
+
+    def ask(place: str, some: Sequence[Host]) -> dict[str, Outcome]:
+        words = [place, wishes.resume or "", "new" if wishes.new_data else "same"]
+        return fleet.everywhere(some, [sys.executable, "-m", "bigtune.launch.ready", *words], told, READY_SECONDS)
+
+    prepared = ask("first", [first])[first.name]
+    if prepared.code != 0:
+        raise LaunchError(f"{first.name}: {prepared.last}")
+    bad = {}
+    for name, outcome in ask("other", others).items():
+        if outcome.code != 0:
+            bad[name] = outcome.last
+        elif outcome.last != prepared.last:
+            bad[name] = f"its documents are other ones than {first.name}'s; compare the files of data there"
+    return _without(fleet, hosts, bad, wishes.exclude_bad)
+
+
+def _without(fleet: Fleet, hosts: Sequence[Host], bad: Mapping[str, str], exclude_bad: bool) -> list[Host]:
     """The hosts that can be used.
 
     Raises:
         LaunchError: one cannot, and nobody said to go on without; or none can.
     """
-    left = [host for host in hosts if host.name not in found.bad]
-    told = [f"{name}: {why}" for name, why in found.bad.items()]
+    left = [host for host in hosts if host.name not in bad]
+    told = [f"{name}: {why}" for name, why in bad.items()]
     if told and (not exclude_bad or not left):
         mend = " (--exclude-bad goes on with the others)" if left else ""
         raise LaunchError("\n".join(told) + mend)
-    for line in told:
-        print(f"left out: {line}", file=sys.stderr, flush=True)
-    for name in found.bad:
+    note(*(f"left out: {line}" for line in told))
+    for name in bad:
         if name in fleet.links:
             fleet.drop(fleet.links[name].host, "left out")
     return left
-
-
-def _make_ready(fleet: Fleet, hosts: Sequence[Host], told: Mapping[str, str], wishes: Wishes) -> None:
-    """Prepare on the first host, then on the others.
-
-    Raises:
-        LaunchError: what a host says is wrong, or that its documents are other ones.
-    """
-    answers: list[tuple[str, dict[str, str | None]]] = []
-    for place, some in (("first", hosts[:1]), ("other", hosts[1:])):
-        words = [place, wishes.resume or "", "new" if wishes.new_data else "same"]
-        command = [sys.executable, "-m", "bigtune.launch.ready", *words]
-        outcomes = fleet.everywhere(some, command, told, READY_SECONDS)
-        for name, outcome in outcomes.items():
-            if outcome.code != 0:
-                raise LaunchError(f"{name}: {outcome.last}")
-            answers.append((name, json.loads(outcome.last)))
-    first, expected = answers[0]
-    for name, answer in answers[1:]:
-        if answer["documents"] != expected["documents"]:
-            raise LaunchError(f"{name}: its documents are other ones than {first}'s; compare the files of data there")

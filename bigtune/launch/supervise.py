@@ -48,7 +48,7 @@ def supervise(
     """Run a command on hosts until it is done, stopped, or fails once too often.
 
     Args:
-        plan: lays ranks out over the hosts that are left.
+        plan: lays ranks out over the hosts that are left, or those of them that it can use.
 
     Returns:
         Whether it is done; False where it was stopped, and has saved.
@@ -62,7 +62,7 @@ def supervise(
     for number in range(restarts.most + 1):
         lost = fleet.reach(left)
         for gone in lost:
-            _note(f"{gone.host.name}: cannot be reached ({gone.why}); going on without it")
+            note(f"{gone.host.name}: cannot be reached ({gone.why}); going on without it")
         left = [host for host in left if host.name in fleet.links]
         if not left:
             raise LaunchError(f"no host can be reached: {lost[-1].host.name}: {lost[-1].why}")
@@ -70,7 +70,9 @@ def supervise(
             return False
         if number and restarts.latest(left) != before:
             command = _from_latest(command)
-        ending = attempt(fleet, plan(left), command, interrupts, every_rank)
+        laid_out = plan(left)
+        left = list(laid_out.hosts)
+        ending = attempt(fleet, laid_out, command, interrupts, every_rank)
         if ending.first is None:
             return ending.done
         failures[ending.first.host.name] += 1
@@ -79,7 +81,7 @@ def supervise(
         if not ending.again or number == restarts.most or interrupts.any:
             raise LaunchError(f"{why}; what all ranks said last is in {story}" if len(hosts) > 1 else why)
         left = [host for host in left if failures[host.name] < MOST_FAILURES] if len(left) > 1 else left
-        _note(f"{why}; starting again from the latest checkpoint ({number + 1} of {restarts.most}; see {story})")
+        note(f"{why}; starting again from the latest checkpoint ({number + 1} of {restarts.most}; see {story})")
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -116,5 +118,7 @@ def _keep(ending: Ending, output: Path) -> Path:
     return folder
 
 
-def _note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def note(*lines: str) -> None:
+    """What the launcher itself has to say."""
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)

@@ -49,8 +49,12 @@ def main(run_file: str, overrides: tuple[str, ...], resume: str | None, new_data
         console = WorkerConsole(run.output, world)
         faulthandler.register(signal.SIGUSR2, all_threads=True, chain=True)  # stacks into the log, then the end
     except BigtuneError as error:
+        here = f"{socket.gethostname()}: {error}"
         if world.local_rank == 0:  # once a host, which may lack a file that others have
-            print(f"Error: {error}" if world.is_main else f"Error: {socket.gethostname()}: {error}", file=sys.stderr)
+            print(f"Error: {error}" if world.is_main else f"Error: {here}", file=sys.stderr, flush=True)
+        if CHILD not in os.environ and world.world_size > world.local_size:  # no launcher ends what runs elsewhere
+            with suppress(BigtuneError):
+                meet(world, here)
         sys.exit(USERS_ERROR)
     code = 0
     try:

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,9 @@ from bigtune.errors import LaunchError, LostError
 
 MEET_SECONDS = 300.0
 """For all ranks to come up."""
+TELL_SECONDS = 30.0
+"""For a rank that cannot go on to tell the others why. Rank 0 stays so long for those that come late."""
+CAME, MET, TOLD, ALL = "bigtune/came", "bigtune/met", "bigtune/told", "all"
 
 
 def ranks_of_srun(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -49,28 +53,73 @@ def ranks_of_srun(environment: Mapping[str, str] = os.environ) -> dict[str, str]
     }
 
 
-def meet(world: World) -> Any:
-    """The store that all ranks share, once rank 0 is there.
+def meet(world: World, problem: str = "") -> Any:
+    """The store that all ranks share, once all are there.
+
+    Args:
+        problem: why this rank cannot go on. All then end at once, instead of waiting for it.
 
     Raises:
         LaunchError: rank 0 cannot listen where it should.
-        LostError: rank 0 did not come, or cannot be reached.
+        LostError: a rank did not come, or cannot go on, or rank 0 cannot be reached.
     """
     from torch.distributed import DistError
-    from torch.distributed.rendezvous import rendezvous
 
     if world.world_size > world.local_size:
         choose_interface(os.environ["MASTER_ADDR"])
-    where = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
-    limit = timedelta(seconds=MEET_SECONDS)
+    store = _open(world, TELL_SECONDS if problem else MEET_SECONDS)
     try:
-        store, _, _ = next(rendezvous("env://", rank=world.rank, world_size=world.world_size, timeout=limit))
-    except DistError as error:
+        store.set(f"{CAME}/{world.rank}", "")
+        if problem:
+            store.compare_set(MET, "", problem)
+        elif store.add(CAME, 1) == world.world_size:
+            store.compare_set(MET, "", ALL)
+        said = _wait(store, world)
+        if said == ALL:
+            return store
+        store.add(TOLD, 1)
         if world.is_main:
+            _stay_for_others(store, world)
+    except DistError:
+        said = "rank 0 is gone before all ranks had come up"
+    raise LostError(said)
+
+
+def _open(world: World, seconds: float) -> Any:
+    """A store at MASTER_ADDR, of rank 0 or of torchrun, which does not wait for ranks to come."""
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500))
+    here = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = timedelta(seconds=seconds)
+    try:
+        return TCPStore(address, port, world.world_size, here, timeout=limit, wait_for_workers=False)
+    except DistError as error:
+        where = f"{address}, port {port}"
+        if here:
             in_use = "another program has it" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
             raise LaunchError(f"rank 0 cannot listen at {where}: {in_use}; give another MASTER_PORT") from None
         raise LostError(f"rank 0 cannot be reached at {where}, or did not come up") from None
-    return store
+
+
+def _wait(store: Any, world: World) -> str:
+    """What all ranks are told: `ALL`, or what keeps one from going on."""
+    from torch.distributed import DistStoreError
+
+    try:  # rank 0 is the first to give up, and tells
+        store.wait([MET], timedelta(seconds=MEET_SECONDS + (0 if world.is_main else TELL_SECONDS)))
+    except DistStoreError:
+        missing = [str(rank) for rank in range(world.world_size) if not store.check([f"{CAME}/{rank}"])]
+        ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(missing)}"
+        store.compare_set(MET, "", f"{ranks} did not come up in {MEET_SECONDS:g} s")
+    return str(store.get(MET).decode())
+
+
+def _stay_for_others(store: Any, world: World) -> None:
+    """The store lives in this process: until all know why they end, or will not come any more."""
+    until = time.monotonic() + TELL_SECONDS
+    while store.add(TOLD, 0) < world.world_size and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def choose_interface(address: str) -> None:

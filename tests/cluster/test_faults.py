@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.cluster import LOGIN, Cluster
 from tests.cluster.conftest import Job, until
 
-LONG = {"train": {"steps": 400, "global_batch": 4, "precision": "float32"}, "checkpoint": {"every_steps": 5}}
+LONG = {"train": {"steps": 4000, "global_batch": 4, "precision": "float32"}, "checkpoint": {"every_steps": 5}}
 RESTARTS = {"launch": {"max_restarts": 2}}
 DETECTED, GONE = 30.0, 15.0
 """Seconds from a fault to the last line; from any end until no worker is left."""
@@ -153,16 +153,26 @@ def test_a_requeued_job_goes_on_exactly(job: Job, together: Job) -> None:
 
 
 @pytest.mark.slow
-def test_a_time_limit_saves_and_queues_the_job_again(job: Job, together: Job, parts: Path) -> None:
+def test_a_time_limit_saves_and_queues_the_job_again(job: Job, parts: Path) -> None:
     job.write(parts, **LONG)
     number = submit(job, "--time", "2")
     said = job.folder / f"slurm-{number}.out"
     until(lambda: said.exists() and "in the queue again" in said.read_text(), said, 180)
-    until(lambda: "going on from" in said.read_text(), said, 180)
+    step = job.metrics()[-1]["step"]
+    job.reach(step + 3)
     job.cluster.run(LOGIN, ["scancel", number])
     until(lambda: not state(job, number), said, 60)
     job.nothing_left(GONE)
-    assert state(job, number) == ""
+    assert state(job, number) == "" and "going on from" in said.read_text()
+    whole = Job(job.cluster, job.folder.with_name(job.folder.name + "-whole"))
+    whole.write(parts, **LONG)
+    process = whole.start()
+    whole.reach(step + 3)
+    whole.signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    steps = range(1, step + 4)
+    found, expected = job.losses(), whole.losses()
+    assert [found[step] for step in steps] == [expected[step] for step in steps]
 
 
 @pytest.mark.slow

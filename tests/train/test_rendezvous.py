@@ -2,13 +2,18 @@
 
 import os
 import socket
+import threading
+from collections.abc import Mapping
+from typing import Any
 from unittest import mock
 
 import psutil
 import pytest
 
 from bigtune.dist import World
-from bigtune.errors import LaunchError
+from bigtune.errors import LaunchError, LostError
+from bigtune.launch.local import free_port
+from bigtune.train import rendezvous
 from bigtune.train.rendezvous import choose_interface, interface_to, meet, ranks_of_srun
 
 STEP = {
@@ -54,6 +59,41 @@ def test_a_port_that_is_taken_is_told_in_one_line() -> None:
             pytest.raises(LaunchError, match=f"cannot listen at 127.0.0.1, port {port}: another program has it"),
         ):
             meet(World())
+
+
+def gather(world_size: int, problems: Mapping[int, str], late: int | None = None) -> dict[int, str]:
+    """Have ranks meet, each in a thread; what each is told, `met` where it may go on. One may never come."""
+    told: dict[int, str] = {}
+
+    def come(rank: int) -> None:
+        try:
+            stores.append(meet(World(rank, world_size, rank, world_size), problems.get(rank, "")))
+            told[rank] = "met"
+        except LostError as error:
+            told[rank] = str(error)
+
+    stores: list[Any] = []  # rank 0's is alive until all have met
+    ranks = [threading.Thread(target=come, args=(rank,)) for rank in range(world_size) if rank != late]
+    with mock.patch.dict(os.environ, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}):
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+    return told
+
+
+def test_ranks_meet() -> None:
+    assert gather(3, {}) == {0: "met", 1: "met", 2: "met"}
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_all_are_told_at_once_of_one_that_cannot_go_on(rank: int) -> None:
+    assert set(gather(3, {rank: "n2: no such run file"}).values()) == {"n2: no such run file"}
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    with mock.patch.multiple(rendezvous, MEET_SECONDS=1.0, TELL_SECONDS=1.0):
+        assert set(gather(3, {}, late=1).values()) == {"rank 1 did not come up in 1 s"}
 
 
 def test_the_interface_is_the_one_that_leads_there() -> None:
