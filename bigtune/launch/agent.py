@@ -42,8 +42,8 @@ class Child:
 
     name: str
     process: "subprocess.Popen[bytes]"
-    log: Path | None
-    error: Path | None
+    words: dict[str, Path]
+    """Files: its `log`, why it failed (`error`), its last `step`."""
     reader: threading.Thread | None = None
     ended: bool = False
 
@@ -138,10 +138,10 @@ class Agent:
 
     def _start(self, asked: dict[str, Any]) -> None:
         pipe = None if self.inherit and not asked.get("capture") else subprocess.PIPE
-        log, error = (Path(asked[key]) if asked.get(key) else None for key in ("log", "error"))
-        if error is not None:
+        words: dict[str, Path] = {name: Path(asked[name]) for name in ("log", "error", "step") if name in asked}
+        for name in words.keys() - {"log"}:
             with suppress(OSError):
-                error.unlink(missing_ok=True)  # of an earlier start
+                words[name].unlink(missing_ok=True)  # of an earlier start
         try:
             process = subprocess.Popen(
                 asked["command"], env={**self.environment, **asked["environment"]}, stdin=subprocess.DEVNULL,
@@ -151,7 +151,7 @@ class Agent:
             self.tell(exit={"name": asked["name"], "code": 127, "error": f"{asked['command'][0]}: {problem.strerror}"})
             return
         self.kill_at = None
-        child = Child(asked["name"], process, log, error)
+        child = Child(asked["name"], process, words)
         if process.stdout is not None:
             child.reader = threading.Thread(target=self._read, args=(child, process.stdout), daemon=True)
             child.reader.start()
@@ -175,7 +175,9 @@ class Agent:
             child.ended = True
             told = {"name": child.name, "code": code}
             if code:
-                told |= {"error": _text(child.error).strip(), "tail": _text(child.log)[-TAIL_BYTES:]}
+                found = {name: _text(path).strip() for name, path in child.words.items()}
+                tail = found.pop("log", "")[-TAIL_BYTES:]
+                told |= {**found, "tail": tail}
             self.tell(exit=told)
 
     def _alive(self) -> list[Child]:
@@ -200,9 +202,9 @@ def follow(path: Path) -> Iterator[bytes]:
                 time.sleep(BEAT_SECONDS / 2)
 
 
-def _text(path: Path | None) -> str:
+def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace") if path else ""
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 

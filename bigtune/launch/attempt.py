@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from bigtune.launch.channel import SILENT_SECONDS, Event
 from bigtune.launch.fleet import SETTLE_SECONDS, Fleet, Lost
@@ -52,6 +53,7 @@ class Command:
             "environment": {**place.environment, **self.environment},
             "log": str(logs / f"rank-{place.rank}.log"),
             "error": str(logs / f"rank-{place.rank}.error"),
+            "step": str(logs / f"rank-{place.rank}.step"),
         }
 
 
@@ -67,9 +69,12 @@ class End:
     rank: int
     host: Host
     code: int | None
-    error: str
-    tail: str
     order: int
+    error: str = ""
+    step: str = ""
+    """The numbers of its last step, as JSON."""
+    tail: str = ""
+    """Of its log."""
     ended_here: bool = False
     """By the launcher, since another had failed."""
 
@@ -158,12 +163,12 @@ class _Watch:
             prefix = f"[{host.name} rank {told['name']}] " if self.every_rank else ""
             print(prefix + told["text"], flush=True)
         else:
-            self._note(self.waits[int(told["name"])], told["code"], told.get("error", ""), told.get("tail", ""))
+            self._note(self.waits[int(told["name"])], told["code"], told)
 
     def lose(self, lost: Lost) -> None:
         """A host, with all its ranks."""
         for place in [place for place in self.waits.values() if place.host.name == lost.host.name]:
-            self._note(place, None, lost.why)
+            self._note(place, None, {"error": lost.why})
 
     def end_others(self, now: float) -> None:
         """Once one has failed, and others had time to say why."""
@@ -184,10 +189,11 @@ class _Watch:
                     self.fleet.drop(host, "did not end its workers")
                 self.lose(Lost(host, "it did not end its workers"))
 
-    def _note(self, place: Place, code: int | None, error: str = "", tail: str = "") -> None:
+    def _note(self, place: Place, code: int | None, told: Mapping[str, Any]) -> None:
         del self.waits[place.rank]
+        words = {name: told.get(name, "") for name in ("error", "step", "tail")}
         ended_here = self.ending_at is not None
-        self.ends.append(End(place.rank, place.host, code, error, tail, len(self.ends), ended_here))
+        self.ends.append(End(place.rank, place.host, code, len(self.ends), **words, ended_here=ended_here))
 
 
 def _judge(ends: Sequence[End], interrupts: Interrupts) -> Ending:

@@ -2,7 +2,7 @@
 
 Orders:
     setup    {folder, environment}: where processes run, and what their environment has besides the agent's own
-    start    [{name, command, environment, log, error, capture}]
+    start    [{name, command, environment, capture, log, error, step}]: the last three are files of a worker's words
     signal   a number, for every process
     end      {signal, grace}: the same, and SIGKILL after so many seconds
 
@@ -10,7 +10,8 @@ Events:
     hello    true: ready for orders
     failed   why it is not
     output   {name, text}: a line that a process printed
-    exit     {name, code, error, tail}: a process has ended, a signal's number negative; its last words, where it failed
+    exit     {name, code, error, step, tail}: a process has ended, a signal's number negative; what those files say, of
+             the log its end, where it failed
     told     a signal that asked the agent itself to end
     leaves   why it ends all its processes unasked
 """

@@ -167,7 +167,8 @@ class Fleet:
                     outcome.lines.append(told["text"])
                 else:
                     outcome.code = told["code"]
-                    outcome.lines += [told["error"]] * bool(told.get("error"))
+                    if told.get("error"):
+                        outcome.lines.append(told["error"])
                     waits.discard(host.name)
                     failed |= outcome.code != 0
             if failed and together:

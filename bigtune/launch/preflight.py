@@ -166,8 +166,8 @@ def _reduce(fleet: Fleet, plan: Plan) -> dict[str, Outcome]:
 
 
 def _at_fault(fleet: Fleet, plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, str]:
-    """Which hosts an all-reduce fails with: those that fail by themselves, or, where all miss each other, those that
-    the first one cannot reduce with alone."""
+    """Which hosts an all-reduce fails with: those that fail by themselves, or, where all miss each other, those with
+    which it does not work any more as hosts join one by one."""
     alone = {
         name: f"an all-reduce fails there: {outcome.last}"
         for name, outcome in outcomes.items()
@@ -176,19 +176,19 @@ def _at_fault(fleet: Fleet, plan: Plan, outcomes: Mapping[str, Outcome]) -> dict
     if alone:
         return alone
     first, *others = plan.hosts
-    bad: dict[str, str] = {}
+    joined, bad = [first], {}
     for other in others:
-        try:
-            pair = arrange(fleet, [first, other], plan.devices)
-        except UnfitError as error:
-            bad |= error.bad
-            continue
-        failed = [outcome for outcome in _reduce(fleet, pair).values() if outcome.code != 0]
+        tried = _reduce(fleet, replace(plan, hosts=[*joined, other]))
+        failed = [outcome for outcome in tried.values() if outcome.code != 0]
         if failed:
-            bad[other.name] = f"an all-reduce with {first.name} fails: {failed[0].last}"
+            beside = f" and {count_of(len(joined) - 1, 'other')}" if len(joined) > 1 else ""
+            bad[other.name] = f"an all-reduce with {first.name}{beside} fails: {failed[0].last}"
+        else:
+            joined.append(other)
     if 1 < len(bad) == len(others):
-        return {first.name: f"an all-reduce with it fails from each other host; {next(iter(bad.values()))}"}
-    return bad or {first.name: f"an all-reduce over all hosts fails: {outcomes[first.name].last}"}
+        words = bad[others[0].name].partition("fails: ")[2]
+        return {first.name: f"an all-reduce with it fails from every other host; from {others[0].name}: {words}"}
+    return bad or {first.name: f"an all-reduce over all hosts fails now and then: {outcomes[first.name].last}"}
 
 
 def _answers(outcomes: Mapping[str, Outcome]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

@@ -107,7 +107,10 @@ def _keep(ending: Ending, output: Path) -> Path:
     folder = logs / f"failure-{number}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [f"rank {end.rank} on {end.host.name}: {end.why()}" for end in ending.ends]
+        lines = [
+            f"rank {end.rank} on {end.host.name}: {end.why()}" + (f"; its last step: {end.step}" if end.step else "")
+            for end in ending.ends
+        ]
         first = f"first: rank {ending.first.rank} on {ending.first.host.name}: {ending.first.why()}"
         (folder / "why.txt").write_text("\n".join([first, *lines]) + "\n", encoding="utf-8")
         for end in ending.ends:

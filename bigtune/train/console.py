@@ -1,10 +1,12 @@
 """Where a worker's words go: its own log file, and from rank 0 the terminal as well.
 
 Anything that libraries write to a worker's standard streams goes to `logs/rank-N.log`, so that a terminal
-shows one clean account of the run.
+shows one clean account of the run. `logs/rank-N.step` has the numbers of the rank's last step, `logs/rank-N.error` why
+it failed.
 """
 
 import errno
+import json
 import os
 import sys
 import traceback
@@ -18,6 +20,8 @@ from bigtune.progress import Bar
 
 SCREEN = "BIGTUNE_SCREEN"
 """Set to `all`, every rank speaks to the terminal, not the first alone."""
+STEP_BYTES = 300
+"""More than a step's line has: a longer one leaves nothing behind a shorter."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """What gloo and NCCL say of a rank that is gone; its own words, or its silence, are the cause."""
@@ -35,9 +39,11 @@ class WorkerConsole:
         logs = output / "logs"
         self.world, self.output, self.failed = world, output, False
         self.error_file = logs / f"rank-{world.rank}.error"
+        step_file = self.error_file.with_suffix(".step")
         try:
             logs.mkdir(parents=True, exist_ok=True)
             self.error_file.unlink(missing_ok=True)
+            self._step_file = os.open(step_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             log = os.open(logs / f"rank-{world.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise LaunchError(f"output: {output.absolute()} cannot be written: {error.strerror}") from None
@@ -52,6 +58,11 @@ class WorkerConsole:
         print(text, flush=True)
         if self.world.is_main or os.environ.get(SCREEN) == "all":
             print(text, file=self.terminal, flush=True)
+
+    def keep_step(self, **line: float) -> None:
+        """Keep what this rank's last step gave, for whoever looks into its end: `logs/rank-N.step`, one line."""
+        with suppress(OSError):  # a full disk is told by what must be written
+            os.pwrite(self._step_file, json.dumps(line).ljust(STEP_BYTES).encode() + b"\n", 0)
 
     def bar(self, stage: str) -> Bar | None:
         """A progress bar on rank 0's terminal."""

@@ -3,6 +3,7 @@
 rows ─▶ begin (progress, engine) ─▶ [ batches ▶ totals ▶ micro-steps ▶ optimizer step ▶ metrics ▶ save? ]* ─▶ save
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -93,6 +94,7 @@ def train(
                 waited = loader.waited_seconds - waited
                 line = _line(progress, rows, totals, data.imbalance, rate, engine.grad_norm, applied)
                 line |= _timing(metrics, engine, totals, began_step, waited) | _first_look(engine, memory, console)
+                console.keep_step(**_own(data.batches, losses, line))
                 metrics.hold(sum(losses), totals.weight, waited + engine.pace.take(), engine.take_aux_sum(), **line)
                 non_finite.check(applied, progress.step, losses, data.rows)
                 if bar:
@@ -141,6 +143,18 @@ def _line(
         "work_imbalance": round(dealt.work, 4),
         "supervised_imbalance": round(dealt.supervised, 4),
         "skipped": not applied,
+    }
+
+
+def _own(batches: Sequence[MicroBatch], losses: Sequence[float], line: Mapping[str, Any]) -> dict[str, float]:
+    """What a step was on this rank, whose rows are its own."""
+    weight = sum(batch.weight for batch in batches)
+    return {
+        "step": line["step"],
+        "loss": round(sum(losses) / weight, 6) if weight else math.nan,
+        "tokens": sum(batch.tokens for batch in batches),
+        "grad_norm": line["grad_norm"],
+        **{name: line[name] for name in ("time", "step_seconds", "data_seconds", "peak_memory_gib")},
     }
 
 

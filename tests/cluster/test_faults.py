@@ -1,5 +1,6 @@
 """What fails on a real cluster: found in seconds, told in one line, and the run goes on where it may."""
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -42,6 +43,10 @@ def test_a_killed_rank_ends_all_and_is_named(job: Job, parts: Path) -> None:
     assert last.startswith("Error: rank 1 on n2: ended by signal 9 (SIGKILL) without a word (out of memory?)")
     stacks = (job.output / "logs" / "failure-1" / "rank-0-n1.log").read_text()
     assert "most recent call first" in stacks
+    why = (job.output / "logs" / "failure-1" / "why.txt").read_text().splitlines()
+    assert why[0].startswith("first: rank 1 on n2: ")
+    for line in why[1:]:  # both, with what their last step gave
+        assert json.loads(line.partition("its last step: ")[2])["step"] >= 7
     job.nothing_left(GONE)
 
 

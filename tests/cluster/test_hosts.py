@@ -59,6 +59,25 @@ def test_two_versions_of_a_package(job: Job, cluster: Cluster) -> None:
 
 
 @pytest.mark.slow
+def test_a_host_that_reaches_the_first_alone_fails_in_the_all_reduce_and_can_be_left_out(
+    parts: Path, tmp_path: Path, cluster: Cluster
+) -> None:
+    three = Cluster.start(3, slurm=False)
+    try:
+        job = Job(three, tmp_path)
+        job.write(parts)
+        for name in ("n2", "n3"):  # the switch keeps them from each other
+            three.run(LOGIN, ["bridge", "link", "set", "dev", f"to-{name}", "isolated", "on"])
+        said = refused(job)
+        done = job.launch("--exclude-bad")
+        assert said.startswith("Error: n3: an all-reduce with n1 and 1 other fails: ")
+        assert done.returncode == 0 and "left out: n3: an all-reduce with n1" in done.stderr
+        assert len(job.losses()) == 12
+    finally:
+        three.down()
+
+
+@pytest.mark.slow
 def test_hosts_with_disks_of_their_own(job: Job, together: Job, parts: Path, cluster: Cluster) -> None:
     output = cluster.disk / "run"
     job.write(parts, output=str(output), checkpoint={"every_steps": 5, "replicas": 1})

@@ -133,6 +133,17 @@ def test_bare_deepspeed_ends_on_all_hosts_with_one_rank(job: Job, parts: Path) -
     assert "rank 1 on n2 is lost: its process ended" in job.log.read_text()
 
 
+@pytest.mark.slow
+def test_bare_deepspeed_ends_where_one_host_lacks_the_run_file(job: Job) -> None:
+    """Again its launcher would have the others wait."""
+    run_file = job.cluster.disk / "run.yaml"
+    job.cluster.run("n1", ["cp", str(job.run_file), str(run_file)])
+    command = [*bare(job)[:-1], str(run_file)]
+    process = job.start(command=command, PDSH_RCMD_TYPE="ssh", DS_ACCELERATOR="cpu")
+    assert process.wait(120) != 0
+    assert f"Error: rank 0: n2: {run_file}: no such run file" in job.log.read_text()
+
+
 def test_the_environment_is_carried_and_shows_in_no_command_line(job: Job) -> None:
     process = job.start(HF_TOKEN="a-secret-of-a-test")
     job.reach(1)
