@@ -69,6 +69,9 @@ class Agent:
     heard: float = field(default_factory=time.monotonic)
     kill_at: float | None = None
     leaving: bool = False
+    deserted: bool = False
+    if_deserted: list[str] = field(default_factory=list)
+    """What to become then, once nothing runs any more."""
     _telling: Any = field(default_factory=threading.Lock)
 
     def listen(self, lines: Iterator[bytes]) -> None:
@@ -101,6 +104,7 @@ class Agent:
                 last_beat = now
             if not self.inherit and now - self.heard > SILENT_SECONDS and not self.leaving:
                 self.tell(leaves=f"its launcher was silent for {SILENT_SECONDS:g} s")
+                self.deserted = True
                 self._leave(signal.SIGUSR2, 1.0)
             self._look(now)
         for child in self.children:
@@ -117,6 +121,7 @@ class Agent:
             return
         if "setup" in order:
             self.environment = {**os.environ, **order["setup"]["environment"]}
+            self.if_deserted = order["setup"]["deserted"]
             try:
                 os.chdir(order["setup"]["folder"])
             except OSError as error:
@@ -226,6 +231,8 @@ def main(arguments: list[str]) -> None:
     lines = follow(Path(options["--follow"])) if "--follow" in options else iter(sys.stdin.buffer.readline, b"")
     threading.Thread(target=agent.listen, args=(lines,), daemon=True).start()
     agent.serve()
+    if agent.deserted and agent.if_deserted:
+        os.execvp(agent.if_deserted[0], agent.if_deserted)
     os._exit(0)  # without waiting for the thread that reads orders
 
 

@@ -1,7 +1,8 @@
 """What a launcher and its agents say to each other: a JSON object a line, both ways, an empty one to show life.
 
 Orders:
-    setup    {folder, environment}: where processes run, and what their environment has besides the agent's own
+    setup    {folder, environment, deserted}: where processes run, what their environment has besides the agent's own,
+             and the command that the agent becomes where its launcher falls silent
     start    [{name, command, environment, capture, log, error, step}]: the last three are files of a worker's words
     signal   a number, for every process
     end      {signal, grace}: the same, and SIGKILL after so many seconds

@@ -50,7 +50,7 @@ class Fleet:
     def __init__(self, way: Way, folder: str, environment: Mapping[str, str]) -> None:
         self.way = way
         self.links: dict[str, Link] = {}
-        self._setup = {"folder": folder, "environment": dict(environment)}
+        self._setup = {"folder": folder, "environment": dict(environment), "deserted": way.deserted}
         self._events: queue.Queue[tuple[Link, Event | None]] = queue.Queue()
         self._closed = threading.Event()
         self._numbers = itertools.count()

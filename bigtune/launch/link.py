@@ -38,11 +38,13 @@ class Way:
         prefix: what goes before a host's name: `ssh -o …`, `srun … --nodelist`; empty for this host itself.
         shell: whether what comes after it is read by a shell.
         orders: a folder that all hosts see, for the way that passes no input on.
+        deserted: what an agent becomes whose launcher fell silent, when all that it ran has ended.
     """
 
     prefix: tuple[str, ...] = ()
     shell: bool = False
     orders: Path | None = None
+    deserted: tuple[str, ...] = ()
 
     @property
     def is_local(self) -> bool:

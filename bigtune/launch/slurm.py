@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from bigtune.launch.link import Way
 
 WARNING_SECONDS = 180
 """Before the time limit, at which Slurm asks a run to save; a quarter of a shorter one."""
+LOOK_SECONDS = 10.0
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 WORD = re.compile(r"[\w@%+:.,=/\-\[\]()*]+")
 """What an option of sbatch may hold without being read as anything else."""
@@ -111,12 +113,8 @@ def allocated(ranks_per_node: int | None, environment: Mapping[str, str] = os.en
     Raises:
         LaunchError: Slurm does not know the job's hosts.
     """
-    names = subprocess.run(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]], capture_output=True,
-                           text=True, check=False)  # fmt: skip
-    if names.returncode:
-        raise LaunchError(f"--slurm: {_said(names.stderr)}")
     ranks = ranks_per_node or _gpus(environment) or 1
-    return [Host(name, tuple(range(ranks))) for name in names.stdout.split()]
+    return [Host(name, tuple(range(ranks))) for name in _host_names(environment["SLURM_JOB_NODELIST"])]
 
 
 def srun(environment: Mapping[str, str] = os.environ) -> Way:
@@ -124,17 +122,47 @@ def srun(environment: Mapping[str, str] = os.environ) -> Way:
     cores = re.match(r"\d+", environment.get("SLURM_JOB_CPUS_PER_NODE", ""))
     share = [f"--cpus-per-task={cores[0]}"] if cores else []
     options = ["--overlap", "--nodes=1", "--ntasks=1", "--unbuffered", "--quiet", "--no-kill", *share, "--nodelist"]
-    return Way(("srun", *options))
+    return Way(("srun", *options), deserted=(sys.executable, "-m", "bigtune.launch.slurm"))
 
 
 def requeue(environment: Mapping[str, str] = os.environ) -> bool:
     """Put this job into the queue again, where Slurm has not done so or taken it away; tells whether it will run."""
-    job = environment["SLURM_JOB_ID"]
-    shown = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=False)
-    state = re.search(r"JobState=(\w+)", shown.stdout)
-    if state is None or state[1] != "RUNNING":
+    if _shown(environment).get("JobState") != "RUNNING":
         return False
-    return subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
+    return subprocess.run(["scontrol", "requeue", environment["SLURM_JOB_ID"]], check=False).returncode == 0
+
+
+def requeue_if_deserted(environment: Mapping[str, str] = os.environ) -> None:
+    """Put this job into the queue again once Slurm has given up the host that its launcher ran on.
+
+    --no-kill has Slurm keep a job that lost a host, so that a run can go on without it; but a job that lost its first
+    host would keep the others until its time is up, and nothing would run on them.
+    """
+    while (job := _shown(environment)).get("JobState", "RUNNING") == "RUNNING":  # or Slurm does not answer
+        if "NodeList" in job and job["BatchHost"] not in _host_names(job["NodeList"]):
+            requeue(environment)
+            return
+        time.sleep(LOOK_SECONDS)
+
+
+def _shown(environment: Mapping[str, str]) -> dict[str, str]:
+    """What Slurm says of this job; nothing where it does not answer."""
+    asked = ["scontrol", "show", "job", "--oneliner", environment["SLURM_JOB_ID"]]
+    words = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    return {name: value for name, equals, value in (word.partition("=") for word in words) if equals}
+
+
+def _host_names(listed: str) -> list[str]:
+    """`n[1-3]` in full.
+
+    Raises:
+        LaunchError: Slurm does not know them.
+    """
+    asked = ["scontrol", "show", "hostnames", listed]
+    names = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if names.returncode:
+        raise LaunchError(f"--slurm: {_said(names.stderr)}")
+    return names.stdout.split()
 
 
 def _warning(time: str | None) -> int:
@@ -172,3 +200,7 @@ def _option(text: str) -> str:
 def _said(stderr: str) -> str:
     """Slurm's own words."""
     return "; ".join(line.strip() for line in stderr.splitlines() if line.strip()) or "it gave no reason"
+
+
+if __name__ == "__main__":
+    requeue_if_deserted()

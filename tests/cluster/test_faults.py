@@ -198,3 +198,42 @@ def test_a_preempted_job_goes_on_after_the_urgent_one(job: Job, together: Job) -
     assert urgent.returncode == 0, urgent.stderr
     until(lambda: not state(job, number), job.folder / f"slurm-{number}.out")
     assert job.losses() == together.losses()
+
+
+@pytest.fixture
+def own(cluster: Cluster) -> Iterator[Cluster]:
+    """A cluster of three nodes, to lose some."""
+    found = Cluster.start(3)
+    yield found
+    found.down()
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_without_a_node_that_slurm_gives_up(own: Cluster, parts: Path, tmp_path: Path) -> None:
+    job = Job(own, tmp_path)
+    job.write(parts, **LONG, **RESTARTS)
+    number = submit(job)
+    said = job.folder / f"slurm-{number}.out"
+    job.reach(7)
+    own.kill("n2")
+    until(lambda: "n2: cannot be reached" in said.read_text(), said, 60)
+    until(lambda: "down" in own.run(LOGIN, ["sinfo", "-h", "-n", "n2", "-o", "%T"]).stdout, said, 90)
+    step = job.metrics()[-1]["step"]
+    job.reach(step + 10)
+    assert state(job, number) == "RUNNING" and "on 1 rank" in said.read_text()
+
+
+@pytest.mark.slow
+def test_a_job_whose_first_node_dies_goes_on_elsewhere(own: Cluster, parts: Path, tmp_path: Path) -> None:
+    """Slurm itself would keep the other node for it, with nothing on it, until its time is up."""
+    job = Job(own, tmp_path)
+    job.write(parts, **LONG)
+    number = submit(job)
+    said = job.folder / f"slurm-{number}.out"
+    job.reach(7)
+    own.kill("n1")
+    until(lambda: not job.workers()["n2"], said, GONE)
+    until(lambda: "going on from" in said.read_text(), said)
+    step = job.metrics()[-1]["step"]
+    job.reach(step + 3)
+    assert job.workers()["n2"] and job.workers()["n3"]
