@@ -38,11 +38,13 @@ def facts(run: Run, nonce: str) -> dict[str, Any]:
     model = _attempt(lambda: _sizes(run.model.path), problems)
     sources = _attempt(lambda: _sources(run), problems)
     output = _attempt(lambda: _leave_mark(run.output, nonce), problems)
+    devices = gpus()
     return {
         "problems": problems,
         "versions": _versions(),
         "cores": len(os.sched_getaffinity(0)),
-        "gpus": gpus(),
+        "gpus": devices,
+        "gpu_gib": _gpu_memory(len(devices)),
         "memory_gib": psutil.virtual_memory().available / 2**30,
         "free_gib": shutil.disk_usage(output).free / 2**30 if output else None,
         "model": model,
@@ -130,6 +132,15 @@ def _sources(run: Run) -> dict[str, int]:
 
     files, _ = resolve_sources(run.data.sources)
     return {file.path: (stat_of(file) or [0])[0] for file in files}
+
+
+def _gpu_memory(count: int) -> list[float]:
+    """GiB that are free on each GPU: others may use them too."""
+    if not count:
+        return []
+    import torch
+
+    return [torch.cuda.mem_get_info(device)[0] / 2**30 for device in range(count)]
 
 
 def _mark(output: Path, nonce: str) -> Path:

@@ -17,6 +17,8 @@ from bigtune.launch.hosts import Host
 from bigtune.launch.plan import Plan
 from bigtune.process import LOST_OTHERS
 from bigtune.runfile import to_yaml
+from bigtune.train.ds_config import read_preset
+from bigtune.train.support import preset_of
 
 CHECK = [sys.executable, "-m", "bigtune.launch.check"]
 REDUCE = [sys.executable, "-m", "bigtune.launch.allreduce"]
@@ -25,10 +27,11 @@ CLOCK_SECONDS = 5.0
 """How far clocks may be apart before it is told; nothing here depends on them, but logs are read by them."""
 SLOW = 0.25
 """Of the median bandwidth: a host below it is told."""
-STATE_BYTES = 16
-"""Of a trained parameter on all ranks together, at least: float32 weights, gradients and two moments."""
-SAVED_BYTES = 12
-"""Of them in a checkpoint."""
+LEARNED_BYTES, HALF_BYTES, SAVED_BYTES = 8, 2, 4
+"""Of a trained parameter on all ranks together, at least: its weight and gradient, in float32 or as a float32 weight
+and both in bfloat16; a weight in bfloat16 alone; what a checkpoint has of it."""
+MOMENT_BYTES = {"adamw": 8, "adam": 8, "adamw_8bit": 2, "lion_8bit": 1, "sgd": 0}
+"""What the optimizer adds, in memory and in a checkpoint."""
 
 
 @dataclass(slots=True)
@@ -223,13 +226,21 @@ def _differences(fact: Mapping[str, Any], first: Mapping[str, Any], name: str) -
 
 def _too_small(host: Host, hosts: Sequence[Host], fact: Mapping[str, Any], run: Run) -> list[str]:
     """What a host lacks for its share of the run's state, at the least that can be."""
-    share = len(host.slots) / sum(len(other.slots) for other in hosts)
-    trained = 0.0 if run.adapter else fact["model_gib"] / 2  # 10^9 parameters in files of bfloat16, at least
+    ranks = sum(len(other.slots) for other in hosts)
+    trained = 0.0 if run.adapter else fact["model_gib"] / 2 / ranks  # 10^9 of a rank: files of bfloat16, at least
+    moments = MOMENT_BYTES.get(run.optim.name, 0)
+    offloaded = preset_of(read_preset(run.deepspeed)) == "zero3_offload"
+    on_gpu = HALF_BYTES if offloaded else LEARNED_BYTES + moments
+    on_host = LEARNED_BYTES + moments if offloaded or not fact["gpus"] else 0
     found = []
-    needs = STATE_BYTES * trained * share
-    if not fact["gpus"] and fact["memory_gib"] < needs:
+    for slot in host.slots if fact["gpus"] else ():
+        free = fact["gpu_gib"][slot]
+        if free < on_gpu * trained:
+            found.append(f"has {free:.1f} GiB free on GPU {slot}, a rank's states alone take {on_gpu * trained:.1f}")
+    needs = on_host * trained * len(host.slots)
+    if fact["memory_gib"] < needs:
         found.append(f"has {fact['memory_gib']:.1f} GiB of memory free, its ranks' states alone take {needs:.1f}")
-    needs = SAVED_BYTES * trained * share if run.checkpoint.enabled else 0.0
+    needs = (SAVED_BYTES + moments) * trained * len(host.slots) if run.checkpoint.enabled else 0.0
     if fact["free_gib"] < needs:
         found.append(f"has {fact['free_gib']:.1f} GiB of disk free, its part of a checkpoint takes {needs:.1f}")
     return found

@@ -16,7 +16,8 @@ HOSTS = [Host("a", (0, 1)), Host("b", (0, 1))]
 
 def fact(**changes: Any) -> dict[str, Any]:
     return {
-        "problems": [], "versions": {"Python": "3.11.7", "torch": "2.13.0"}, "cores": 8, "gpus": [], "memory_gib": 64.0,
+        "problems": [], "versions": {"Python": "3.11.7", "torch": "2.13.0"}, "cores": 8, "gpus": [], "gpu_gib": [],
+        "memory_gib": 64.0,
         "free_gib": 500.0, "model": {"config.json": 1, "a.safetensors": 9}, "model_gib": 2.0,
         "sources": {"x": 5}, "time": 0.0,
         **changes,
@@ -25,7 +26,7 @@ def fact(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return tiny_run(tmp_path)
+    return tiny_run(tmp_path, optim={"name": "adamw"})
 
 
 def told(run: Run, **changes: Any) -> Found:
@@ -56,6 +57,19 @@ def test_one_that_is_not_is_told_why(run: Run, changes: dict[str, Any], said: st
     found = told(run, **changes)
     assert found.bad == {"b": said}
     assert found.lines[0].startswith("preflight: 1 of 2 hosts, 2 ranks")
+
+
+def test_states_are_of_the_optimizer_and_on_gpus_or_not(run: Run) -> None:
+    def bad(run: Run, **changes: Any) -> str:
+        return told(run, gpus=["0", "1"], **changes).bad.get("b", "")
+
+    assert bad(run, gpu_gib=[80.0, 3.5]) == "has 3.5 GiB free on GPU 1, a rank's states alone take 4.0"
+    assert bad(run, gpu_gib=[80.0, 80.0], memory_gib=1.0) == ""
+    frugal = run.model_copy(update={"optim": run.optim.model_copy(update={"name": "adamw_8bit"})})
+    assert bad(frugal, gpu_gib=[80.0, 3.5]) == ""
+    offloaded = run.model_copy(update={"deepspeed": "zero3_offload"})
+    assert bad(offloaded, gpu_gib=[80.0, 3.5]) == ""
+    assert "7.0 GiB of memory free" in bad(offloaded, gpu_gib=[80.0, 3.5], memory_gib=7.0)
 
 
 def test_a_host_is_measured_by_the_first_that_is_fit(run: Run) -> None:
