@@ -119,14 +119,16 @@ def arrange(fleet: Fleet, hosts: Sequence[Host], devices: Mapping[str, Sequence[
         raise UnfitError(bad)
     reached = {host.name: answers[host.name]["reached"] for host in others}
     address = max(addresses, key=lambda each: sum(each in found for found in reached.values()), default="")
+    all_addresses = ", ".join(addresses) or "an address"
     far = {
-        name: f"reaches {first.name} under {', '.join(found) or 'none of its addresses'}, others under {address}; "
-        "look at routes and firewalls between the hosts"
+        name: f"does not reach {first.name} under {address if found else all_addresses}"
+        + (f", where others do, but under {', '.join(found)}" if found else "")
+        + "; look at routes and firewalls between the hosts"
         for name, found in reached.items()
         if address not in found
     }
     if 1 < len(far) == len(others):
-        far = {first.name: f"no other host reaches it under {', '.join(addresses) or 'any address'}"}
+        far = {first.name: f"no other host reaches it under {all_addresses}"}
     if far:
         raise UnfitError(far)
     interfaces = {name: found[address] for name, found in reached.items()} | {first.name: addresses[address]}
