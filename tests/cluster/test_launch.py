@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import LOGIN, Cluster
-from tests.cluster.conftest import Job, until
+from tests.cluster.conftest import BIGTUNE, Job, until
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,17 +53,7 @@ def test_over_pdsh_the_losses_are_the_same(job: Job, together: Job) -> None:
 
 @pytest.mark.slow
 def test_in_an_allocation_steps_start_at_once(job: Job, together: Job) -> None:
-    words = [
-        "salloc",
-        "-N2",
-        "--exclusive",
-        sys.executable,
-        "-m",
-        "bigtune.cli",
-        "launch",
-        str(job.run_file),
-        "--slurm",
-    ]
+    words = ["salloc", "-N2", "--exclusive", *BIGTUNE, "launch", str(job.run_file), "--slurm"]
     done = job.cluster.run(LOGIN, words, job.folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert job.losses() == together.losses()
@@ -75,6 +65,22 @@ def test_srun_alone_gives_workers_their_ranks(job: Job, together: Job) -> None:
     done = job.cluster.run(LOGIN, [*words, str(job.run_file)], job.folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert job.losses() == together.losses()
+
+
+@pytest.mark.slow
+def test_hosts_may_have_several_ranks_and_other_numbers_of_them(job: Job, together: Job) -> None:
+    (job.folder / "hosts").write_text("n1 slots=2\nn2 slots=1\n")
+    done = job.launch()
+    assert done.returncode == 0 and "preflight: 2 of 2 hosts, 3 ranks" in done.stderr
+    assert job.losses() == pytest.approx(together.losses(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_srun_alone_with_several_tasks_a_node(job: Job, together: Job) -> None:
+    words = ["srun", "-N2", "--ntasks-per-node=2", "--exclusive", sys.executable, "-m", "bigtune.train"]
+    done = job.cluster.run(LOGIN, [*words, str(job.run_file)], job.folder)
+    assert done.returncode == 0 and "on 4 ranks" in done.stdout, done.stdout + done.stderr
+    assert job.losses() == pytest.approx(together.losses(), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 
 from bigtune.process import LOST_OTHERS
-from bigtune.train.pulse import ORPHAN_SECONDS, SILENT_SECONDS
 
+SILENT_SECONDS, ORPHAN_SECONDS = 5.0, 2.0
+"""Shorter than a run's, which are tested on the cluster."""
 SCRIPT = """
 import os, pathlib, sys, time
 from bigtune.dist import World
 from bigtune.train.console import WorkerConsole
+from bigtune.train import pulse as limits
 from bigtune.train.pulse import Pulse
 
+limits.SILENT_SECONDS, limits.ORPHAN_SECONDS = {silent}, {orphan}
 folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]
 
 class Store:  # by files; what torch's does is tested on the cluster
@@ -45,7 +48,7 @@ if what == "leave" or (what == "end" and world.rank == 2):
     os._exit(0)
 (folder / f"ready-{world.rank}").touch()
 time.sleep(600)
-"""
+""".replace("{silent}", str(SILENT_SECONDS)).replace("{orphan}", str(ORPHAN_SECONDS))
 Start = Callable[[str], list["subprocess.Popen[bytes]"]]
 
 
