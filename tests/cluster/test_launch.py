@@ -29,6 +29,13 @@ def bare(job: Job) -> list[str]:
     ]  # fmt: skip
 
 
+def alike_but_for_rounding(found: dict[int, float], expected: dict[int, float]) -> None:
+    """Other numbers of ranks sum in another order; Adam, which divides by small gradients, lets that grow."""
+    assert found.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-6 if step <= 2 else 1e-4)
+
+
 def test_two_hosts_learn_what_one_does(together: Job, alone: Job) -> None:
     """But for rounding: on one host gradients are summed in shared memory, in another order."""
     assert together.losses() == pytest.approx(alone.losses(), rel=1e-6) and len(together.losses()) == 12
@@ -72,7 +79,7 @@ def test_hosts_may_have_several_ranks_and_other_numbers_of_them(job: Job, togeth
     (job.folder / "hosts").write_text("n1 slots=2\nn2 slots=1\n")
     done = job.launch()
     assert done.returncode == 0 and "preflight: 2 of 2 hosts, 3 ranks" in done.stderr
-    assert job.losses() == pytest.approx(together.losses(), rel=1e-5)
+    alike_but_for_rounding(job.losses(), together.losses())
 
 
 @pytest.mark.slow
@@ -80,7 +87,7 @@ def test_srun_alone_with_several_tasks_a_node(job: Job, together: Job) -> None:
     words = ["srun", "-N2", "--ntasks-per-node=2", "--exclusive", sys.executable, "-m", "bigtune.train"]
     done = job.cluster.run(LOGIN, [*words, str(job.run_file)], job.folder)
     assert done.returncode == 0 and "on 4 ranks" in done.stdout, done.stdout + done.stderr
-    assert job.losses() == pytest.approx(together.losses(), rel=1e-5)
+    alike_but_for_rounding(job.losses(), together.losses())
 
 
 @pytest.mark.slow
