@@ -178,8 +178,9 @@ class _Watch:
         if self.failed_at is None:
             self.failed_at = now
         if self.ending_at is None:
-            # A rank that lost another may be told before the silence of that one's host.
-            settle = SETTLE_SECONDS if any(not end.followed for end in failures) else SILENT_SECONDS + 2
+            # A rank that lost another may be told before the silence of that one's host is.
+            known = any(not end.followed for end in failures) or self.fleet.all_heard()
+            settle = SETTLE_SECONDS if known else SILENT_SECONDS + 2
             if now - self.failed_at > settle:
                 self.fleet.send(end={"signal": DUMP_SIGNAL, "grace": DUMP_SECONDS})
                 self.ending_at = now

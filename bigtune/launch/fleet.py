@@ -102,7 +102,7 @@ class Fleet:
     def hear(self, seconds: float) -> tuple[Host, Event] | Lost | None:
         """The next event, or a host that is lost; nothing, where nothing comes for so long."""
         for link in self.links.values():
-            if link.silent and not self.way.is_local:
+            if link.silence() > SILENT_SECONDS and not self.way.is_local:
                 return self.drop(link.host, f"no sign of life for {SILENT_SECONDS:g} s")
         try:
             link, event = self._events.get(timeout=seconds)
@@ -117,6 +117,10 @@ class Fleet:
         if "leaves" in event:
             return self.drop(link.host, event["leaves"])
         return link.host, event
+
+    def all_heard(self) -> bool:
+        """Whether no host is silent, not even for little longer than from one sign of life to the next."""
+        return all(link.silence() < 3 * BEAT_SECONDS for link in self.links.values())
 
     def drop(self, host: Host, why: str) -> Lost:
         """Give a host up."""

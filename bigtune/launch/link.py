@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bigtune.errors import LaunchError
-from bigtune.launch.channel import SILENT_SECONDS, Event, decode, encode
+from bigtune.launch.channel import Event, decode, encode
 from bigtune.launch.hosts import Host
 from bigtune.process import end_with_parent
 
@@ -131,10 +131,9 @@ class Link:
             self.orders.write(encode(order))
             self.orders.flush()
 
-    @property
-    def silent(self) -> bool:
-        """Whether nothing was heard for longer than a living agent is silent."""
-        return self.heard is not None and time.monotonic() - self.heard > SILENT_SECONDS
+    def silence(self) -> float:
+        """Seconds since something was heard; none before the first word."""
+        return 0.0 if self.heard is None else time.monotonic() - self.heard
 
     def close(self) -> None:
         """Let the agent end, with all that it runs; what reaches it is ended where it does not end by itself."""

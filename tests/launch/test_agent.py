@@ -144,14 +144,15 @@ def test_if_the_launcher_is_killed_all_end(folder: Path, body: str) -> None:
     until(lambda: not any(map(alive, started)), seconds=15)
 
 
-def test_an_agent_that_hears_nothing_ends_what_it_runs(folder: Path) -> None:
+def test_an_agent_that_hears_nothing_ends_what_it_runs_and_does_what_it_was_told_for_then(folder: Path) -> None:
     agent = subprocess.Popen(
         [sys.executable, "-m", "bigtune.launch.agent"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert agent.stdin is not None and agent.stdout is not None
     command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(600)"]
     asked = {"name": "0", "command": command, "environment": {}}
-    for order in ({"setup": {"folder": str(folder), "environment": {}}}, {"start": [asked]}):
+    setup = {"folder": str(folder), "environment": {}, "deserted": ["touch", "deserted"]}
+    for order in ({"setup": setup}, {"start": [asked]}):
         agent.stdin.write(json.dumps(order).encode() + b"\n")
         agent.stdin.flush()
     began = time.monotonic()
@@ -159,4 +160,4 @@ def test_an_agent_that_hears_nothing_ends_what_it_runs(folder: Path) -> None:
     assert SILENT_SECONDS - 1 < time.monotonic() - began < SILENT_SECONDS + 5
     assert {"output": {"name": "0", "text": "begun"}} in said
     assert any("silent" in event.get("leaves", "") for event in said)
-    assert agent.wait(10) == 0
+    assert agent.wait(10) == 0 and (folder / "deserted").exists()
