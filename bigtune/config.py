@@ -426,8 +426,11 @@ class Evaluate(Section):
     prompt: Literal["chat", "plain"] = Field(
         default="chat", description="the chat template, or plain text for a model that knows none"
     )
-    answer: Literal["exact", "number"] = Field(
-        default="exact", description="compare the whole answer, or its last number (after #### where present)"
+    metrics: tuple[str, ...] = Field(
+        default=("exact_match",),
+        min_length=1,
+        description="how answers are scored, the one that counts first: exact_match, number (the last one, after #### "
+        "where present), token_f1, rouge1, rouge2, rougeL, chrf, or a function of yours as module:function",
     )
     max_rows: int | None = Field(default=None, ge=1, description="so many rows, drawn under the seed; none: all")
     max_new_tokens: int = Field(default=256, ge=1, description="tokens an answer may have")
