@@ -14,9 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bigtune.config import CodeRuns
 from bigtune.errors import ConfigError
+from bigtune.evaluate.code import check_sandbox, passes
 
 Metric = Callable[[str, str, Mapping[str, Any]], float]
+CODE = "code"
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 # A minus is a sign only where nothing stands before it that it could be subtracted from.
 _NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d+(?:\.\d+)?|\.\d+)")
@@ -85,19 +88,28 @@ KNOWN: Mapping[str, Metric] = {
 }
 
 
-def find_metrics(names: Sequence[str]) -> dict[str, Metric]:
+def find_metrics(names: Sequence[str], code: CodeRuns | None = None) -> dict[str, Metric]:
     """Metrics by their names.
 
+    Args:
+        code: leave to run code that models write.
+
     Raises:
-        ConfigError: there is no such metric, or the user's cannot be imported.
+        ConfigError: there is no such metric, the user's cannot be imported, or code may not be run.
     """
-    return {name: KNOWN[name] if name in KNOWN else _of_user(name) for name in names}
+    return {name: KNOWN.get(name) or (_tests(code) if name == CODE else _of_user(name)) for name in names}
+
+
+def _tests(code: CodeRuns | None) -> Metric:
+    settings = check_sandbox(code)
+    return lambda output, reference, row: passes(output, row, settings)
 
 
 def _of_user(name: str) -> Metric:
     module, colon, function = name.partition(":")
     if not colon:
-        raise ConfigError(f"evaluate.metrics: there is no '{name}'; known: {', '.join(KNOWN)}, or module:function")
+        known = ", ".join([*KNOWN, CODE])
+        raise ConfigError(f"evaluate.metrics: there is no '{name}'; known: {known}, or module:function")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)  # a file beside the run, as `python -m` would find it

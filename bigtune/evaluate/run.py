@@ -44,7 +44,7 @@ def evaluate(
         ModelError: the model does not fit its tokenizer.
     """
     started = time.perf_counter()
-    metrics = find_metrics(evaluate.metrics)
+    metrics = find_metrics(evaluate.metrics, evaluate.code)
     model, tokenizer = loaded.model, loaded.tokenizer
     counts = ReadCounts()
     items = build_items(evaluate, data, tokenizer, seed, counts, below)

@@ -10,6 +10,7 @@ from rich.text import Text
 from bigtune.evaluate.compare import LEVEL, Difference, Interval
 from bigtune.evaluate.report import Report, Score
 from bigtune.evaluate.versus import LOSS, Change, Versus
+from bigtune.visible import visible
 
 SHOWN = 3
 """Rows that two models answer differently."""
@@ -85,7 +86,7 @@ def _changed(changes: Mapping[str, Change], names: Sequence[str]) -> list[str]:
 
 def _sure(found: Difference, form: str) -> str:
     star = "*" if found.p_value < SURE else " "
-    return f" \\[{found.low:{form}}, {found.high:{form}}]{star}"
+    return f"\n\\[{found.low:{form}}, {found.high:{form}}]{star}"
 
 
 def _differing(found: Versus) -> list[Text]:
@@ -106,5 +107,5 @@ def _differing(found: Versus) -> list[Text]:
 
 
 def _short(said: str, most: int = 300) -> str:
-    line = " ".join(said.split())
+    line = visible(" ".join(said.split()))
     return line if len(line) <= most else f"{line[:most]} …"

@@ -23,7 +23,8 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Versus:
-    """Changes by task, by tag and over all rows, each by name: the held-out loss, then the metrics.
+    """Changes by task, by tag and over all rows, each by name: the held-out loss, then the metrics. A difference of
+    losses weighs a row by its tokens as the tuned model was asked it, each model's own loss by its own.
 
     `unpaired` counts rows that only one of the models was asked, as where the other's context is shorter.
     """
@@ -78,22 +79,23 @@ def versus(base: Report, tuned: Report) -> Versus:
 
 
 def _changes(pairs: Sequence[Pair], seed: int) -> dict[str, Change]:
-    tokens = [float(after.answer_tokens) for _, after in pairs]
-    losses = [(before.held_out_loss, after.held_out_loss) for before, after in pairs]
-    found = {LOSS: _change(losses, tokens, seed)}
-    for name in pairs[0][1].scores:
+    olds, news = [before for before, _ in pairs], [after for _, after in pairs]
+    tokens = [sample.answer_tokens for sample in news]
+    old, new = ([sample.held_out_loss for sample in samples] for samples in (olds, news))
+    found = {
+        LOSS: Change(
+            len(pairs), interval(old, [sample.answer_tokens for sample in olds], seed), interval(new, tokens, seed),
+            difference(old, new, tokens, seed),
+        )
+    }  # fmt: skip
+    for name in news[0].scores:
         scores = [(before.scores.get(name), after.scores[name]) for before, after in pairs]
-        both = [(old, new) for old, new in scores if old is not None and new is not None]
+        both = [(before, after) for before, after in scores if before is not None and after is not None]
         if both:
-            found[name] = _change(both, None, seed)
+            old, new = ([pair[side] for pair in both] for side in (0, 1))
+            change = difference(old, new, seed=seed)
+            found[name] = Change(len(both), interval(old, seed=seed), interval(new, seed=seed), change)
     return found
-
-
-def _change(scores: Sequence[tuple[float, float]], weights: Sequence[float] | None, seed: int) -> Change:
-    old, new = ([pair[side] for pair in scores] for side in (0, 1))
-    return Change(
-        len(scores), interval(old, weights, seed), interval(new, weights, seed), difference(old, new, weights, seed)
-    )
 
 
 def _grouped(pairs: Sequence[Pair], names: Callable[[Sample], Sequence[str]]) -> dict[str, list[Pair]]:
