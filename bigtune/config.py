@@ -440,8 +440,8 @@ class Evaluate(Section):
         default=("exact_match",),
         min_length=1,
         description="how answers are scored, the one that counts first: exact_match, number (the last one, after #### "
-        "where present), token_f1, rouge1, rouge2, rougeL, chrf, code (runs the row's tests), or a function of "
-        "your own as module:function",
+        "where present), token_f1, rouge1, rouge2, rougeL, chrf, constraints and constraints_share (as IFEval's rows "
+        "have them), code (runs the row's tests), or a function of your own as module:function",
     )
     code: CodeRuns | None = None
     max_rows: int | None = Field(default=None, ge=1, description="so many rows, drawn under the seed; none: all")

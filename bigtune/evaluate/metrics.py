@@ -17,6 +17,7 @@ from typing import Any
 from bigtune.config import CodeRuns
 from bigtune.errors import ConfigError
 from bigtune.evaluate.code import check_sandbox, passes
+from bigtune.evaluate.constraints import followed, followed_share
 
 Metric = Callable[[str, str, Mapping[str, Any]], float]
 CODE = "code"
@@ -85,6 +86,8 @@ KNOWN: Mapping[str, Metric] = {
     "rouge2": _rouge("rouge2"),
     "rougeL": _rouge("rougeL"),
     "chrf": chrf,
+    "constraints": followed,
+    "constraints_share": followed_share,
 }
 
 
