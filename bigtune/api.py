@@ -235,24 +235,42 @@ def verify(path: Path, workers: int | None = None) -> "Verdict":
 
 
 def evaluate(run: "Run", model: Path) -> "Report":
-    """Score a model folder on the run's held-out rows.
+    """Score a model on the run's held-out rows.
+
+    Args:
+        model: its folder, an adapter's, a checkpoint's, or a run's for the latest checkpoint.
 
     Raises:
         ConfigError: the run file has no evaluate section.
     """
+    return evaluate_shots(run, model, ())[0]
+
+
+def evaluate_shots(run: "Run", model: Path, shots: Sequence[int]) -> "list[Report]":
+    """The same with each of these numbers of examples before a question; with the run file's alone where there are
+    none."""
     from bigtune.data.holdout import bound_of
     from bigtune.evaluate import run as stage
+    from bigtune.evaluate.load import load, whole
 
     if run.evaluate is None:
         raise ConfigError("the run file has no evaluate section; add evaluate: {sources: [{path: …}]}")
-    asks_for_training_rows = run.evaluate.sources is None or (run.evaluate.shots and run.evaluate.shots_from is None)
+    sections = [run.evaluate.model_copy(update={"shots": count}) for count in shots] or [run.evaluate]
+    asks_for_training_rows = any(
+        section.sources is None or (section.shots and section.shots_from is None) for section in sections
+    )
     below = bound_of(run.data, run.store) if asks_for_training_rows else 0
-    with bar("evaluate") as shown:
-        return stage.evaluate(
-            run.evaluate, run.data, model, run.train.seed,
-            progress=lambda stage, done, total: shown.advance_to(done, total, stage), below=below,
-            trusted=run.model.trust_remote_code,
-        )  # fmt: skip
+    with whole(model, merge) as folder:
+        loaded = load(folder, trusted=run.model.trust_remote_code, name=str(model))
+    reports = []
+    for section in sections:
+        with bar("evaluate") as shown:
+
+            def advance(stage: str, done: int, total: int, shown: Any = shown) -> None:
+                shown.advance_to(done, total, stage)
+
+            reports.append(stage.evaluate(section, run.data, loaded, run.train.seed, advance, below))
+    return reports
 
 
 def _note(line: str) -> None:

@@ -263,22 +263,18 @@ def verify(path: Path, as_json: bool, workers: int | None) -> None:
 @main.command(epilog=_example("bigtune evaluate recipes/gsm8k.yaml --model models/gsm8k --json"))
 @click.argument("run_file")
 @click.option("--model", type=click.Path(path_type=Path), required=True, help="A Hugging Face model folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--base", type=click.Path(path_type=Path), help="Another, to compare with row by row.")
+@click.option("--shots", default="", help="Examples before each question, in the run file's stead: 0,1,3 tries each.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 @_overrides
-def evaluate(run_file: str, model: Path, as_json: bool, overrides: tuple[str, ...]) -> None:
-    """Score a model on the held-out rows of RUN_FILE: loss and exact match, by task."""
-    from bigtune import api
+def evaluate(
+    run_file: str, model: Path, base: Path | None, shots: str, as_json: bool, overrides: tuple[str, ...]
+) -> None:
+    """Score a model on the held-out rows of RUN_FILE: loss and metrics, by task."""
+    from bigtune.evaluate.command import evaluate as stage
     from bigtune.runfile import load_run
 
-    report = api.evaluate(load_run(run_file, overrides), model)
-    if as_json:
-        click.echo(json.dumps(report.to_json(), indent=1))
-    else:
-        from rich.console import Console
-
-        from bigtune.evaluate.report import render
-
-        Console().print(render(report))
+    stage(load_run(run_file, overrides), model, base, shots, as_json)
 
 
 @main.command(epilog=_example("bigtune demo --output runs/demo"))

@@ -415,6 +415,16 @@ class Checkpoint(Section):
         return self
 
 
+class CodeRuns(Section):
+    """Leave to run code that models write, for the metric `code`; docs/evaluate.md says what the sandbox holds."""
+
+    sandbox: Literal["bubblewrap", "limits"] = Field(
+        description="bubblewrap: no network, files read-only; limits: time and memory alone"
+    )
+    timeout_seconds: float = Field(default=10.0, gt=0, description="of each answer with its tests")
+    memory_gib: float = Field(default=1.0, gt=0, description="of each process")
+
+
 class Evaluate(Section):
     """How a model is scored."""
 
@@ -426,9 +436,14 @@ class Evaluate(Section):
     prompt: Literal["chat", "plain"] = Field(
         default="chat", description="the chat template, or plain text for a model that knows none"
     )
-    answer: Literal["exact", "number"] = Field(
-        default="exact", description="compare the whole answer, or its last number (after #### where present)"
+    metrics: Annotated[tuple[str, ...], Strict(False)] = Field(
+        default=("exact_match",),
+        min_length=1,
+        description="how answers are scored, the one that counts first: exact_match, number (the last one, after #### "
+        "where present), token_f1, rouge1, rouge2, rougeL, chrf, constraints and constraints_share (as IFEval's rows "
+        "have them), code (runs the row's tests), or a function of your own as module:function",
     )
+    code: CodeRuns | None = None
     max_rows: int | None = Field(default=None, ge=1, description="so many rows, drawn under the seed; none: all")
     max_new_tokens: int = Field(default=256, ge=1, description="tokens an answer may have")
     batch_size: int = Field(default=32, ge=1, description="questions that are answered at once")

@@ -21,7 +21,7 @@ def test_the_chain_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert api.train(run, ranks=1)  # done already, which is done as well
     assert load_run(run.output / "run.yaml") == run
     tuned = api.merge(run.output, tmp_path / "tuned")
-    before, after = (api.evaluate(run, model).overall.held_out_loss for model in (run.model.path, tuned))
+    before, after = (api.evaluate(run, model).overall.held_out_loss.mean for model in (run.model.path, tuned))
     assert after < before - 0.1
 
 

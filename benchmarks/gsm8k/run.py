@@ -91,8 +91,8 @@ def main(
         "peak_memory_gib_rank_0": lines[-1]["peak_memory_gib"],
         "seconds_to_first_step": round(lines[0]["time"], 1),
         "seconds": seconds,
-        "held_out_loss": {"base": base.overall.held_out_loss, "tuned": tuned.overall.held_out_loss},
-        "exact_match": {"base": base.overall.exact_match, "tuned": tuned.overall.exact_match},
+        "held_out_loss": {"base": base.overall.held_out_loss.mean, "tuned": tuned.overall.held_out_loss.mean},
+        "number": {"base": base.overall.metrics["number"].mean, "tuned": tuned.overall.metrics["number"].mean},
     }
     text = json.dumps(figures, indent=1) + "\n"
     click.echo(text, nl=False)

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from bigtune.demo.story import tell
+from bigtune.evaluate.report import Score
 
 
 @click.command()
@@ -25,10 +26,10 @@ def main(seed: int, result: Path | None) -> None:
         for name, shuffled in (("honest", False), ("shuffled", True)):
             base, tuned = tell(Path(folder) / name, seed, shuffled)
             scores[name] = {
-                "base_exact_match": base.overall.exact_match,
-                "tuned_exact_match": tuned.overall.exact_match,
-                "tuned_held_out_loss": tuned.overall.held_out_loss,
-                "tuned_by_phrasing": {tag: score.exact_match for tag, score in tuned.by_tag.items()},
+                "base_exact_match": _right(base.overall),
+                "tuned_exact_match": _right(tuned.overall),
+                "tuned_held_out_loss": tuned.overall.held_out_loss.mean,
+                "tuned_by_phrasing": {tag: _right(score) for tag, score in tuned.by_tag.items()},
             }
     text = json.dumps(scores, indent=1) + "\n"
     click.echo(text, nl=False)
@@ -36,6 +37,10 @@ def main(seed: int, result: Path | None) -> None:
         result.write_text(text, encoding="utf-8")
     holds = scores["honest"]["tuned_exact_match"] > 0.7 and scores["shuffled"]["tuned_exact_match"] < 0.1
     sys.exit(0 if holds else 1)
+
+
+def _right(score: Score) -> float:
+    return score.metrics["exact_match"].mean
 
 
 if __name__ == "__main__":

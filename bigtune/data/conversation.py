@@ -27,7 +27,7 @@ class Conversation:
     """One example of a source. `messages` is empty for raw text, which is supervised whole.
 
     `task` is the row's own `task` key, by which evaluation groups its scores; `id` its own `id`, if any; `row`
-    counts from 1.
+    counts from 1. `values` is the row as it was read, for metrics that look at more than the answer.
     """
 
     messages: tuple[Message, ...]
@@ -38,6 +38,7 @@ class Conversation:
     task: str = ""
     tags: tuple[str, ...] = ()
     id: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def where(self) -> str:

@@ -117,7 +117,7 @@ def conversations_of(value: Any, file_path: str, row: int, source: Source) -> li
         if not text.strip():
             raise BadRow("empty text")
         check_text(text)
-        return [_sized(Conversation((), file_path, row, text=text, task=task, tags=tags, id=name))]
+        return [_sized(Conversation((), file_path, row, text=text, task=task, tags=tags, id=name, values=keys))]
     tools = _tools(keys)
     made = []
     dialogues = read(keys, source)
@@ -125,7 +125,8 @@ def conversations_of(value: Any, file_path: str, row: int, source: Source) -> li
         own = f"{name}/{number}" if name and len(dialogues) > 1 else name
         messages = _with_system(keys, turns)
         check_turns(messages)
-        made.append(_sized(Conversation(messages, file_path, row, tools=tools, task=task, tags=tags, id=own)))
+        conversation = Conversation(messages, file_path, row, "", tools, task, tags, own, keys)
+        made.append(_sized(conversation))
     return made
 
 

@@ -23,7 +23,9 @@ from bigtune.demo.tasks import instruction_rows
 from bigtune.demo.tokenizer import train_tokenizer
 from bigtune.demo.world import pretraining_texts
 from bigtune.errors import LaunchError
-from bigtune.evaluate.report import Report, render_comparison
+from bigtune.evaluate.report import Report
+from bigtune.evaluate.table import render_versus
+from bigtune.evaluate.versus import versus
 from bigtune.launch.local import gpus
 from bigtune.model.create import create_llama
 from bigtune.runfile import load_run
@@ -129,7 +131,7 @@ def _count_shards(folder: Path) -> int:
 def _print_end(base: Report, tuned: Report, seed: int) -> None:
     """The table, and three answers before and after."""
     out = Console(highlight=False)
-    out.print(render_comparison(base, tuned))
+    out.print(render_versus(versus(base, tuned)))
     pairs = list(zip(base.samples, tuned.samples, strict=True))
     for before, after in random.Random(seed).sample(pairs, 3):
         out.print(f"\n[bold]{after.question}[/bold]  ({after.task}, {', '.join(after.tags)}; right: {after.reference})")

@@ -12,10 +12,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One answer; `tokens` counts what was generated for it, its end included."""
+    """One answer; `tokens` counts what was generated for it, its end included, if it came to one."""
 
     text: str
     tokens: int
+    stopped: bool
 
 
 @torch.inference_mode()
@@ -42,7 +43,8 @@ def generate(
         batch = [prompts[row] for row in rows]
         answers = _continue(model, tokenizer, batch, set(stop_ids), stop_text, max_new_tokens)
         for row, ids in zip(rows, answers, strict=True):
-            outputs[row] = Output(_text(tokenizer, ids, stop_ids, stop_text), len(ids))
+            stopped = len(ids) < max_new_tokens or _Stop(tokenizer, 0, set(stop_ids), stop_text).stops(ids)
+            outputs[row] = Output(_text(tokenizer, ids, stop_ids, stop_text), len(ids), stopped)
         if progress:
             progress(len(outputs))
     return [outputs[row] for row in range(len(prompts))]
@@ -98,11 +100,12 @@ class _Stop:
     def __call__(self, ids_BS: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         length = ids_BS.shape[1] - self._width
         for row, tail in enumerate(ids_BS[:, self._width :][:, -self._tail :].tolist()):
-            if row not in self.lengths and self._stops(tail):
+            if row not in self.lengths and self.stops(tail):
                 self.lengths[row] = length
         return torch.tensor([row in self.lengths for row in range(len(ids_BS))], device=ids_BS.device)
 
-    def _stops(self, tail: list[int]) -> bool:
+    def stops(self, tail: list[int]) -> bool:
+        """Whether an answer that ends in these tokens has come to its end with the last."""
         if tail[-1] in self._stop_ids:
             return True
         return bool(self._stop_text) and self._stop_text in self._tokenizer.decode(tail)

@@ -9,8 +9,8 @@ An item's ids serve the loss and the generation alike, so both see the same prom
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from bigtune.config import Data, Evaluate
@@ -39,6 +39,7 @@ class Item:
     task: str = ""
     tags: tuple[str, ...] = ()
     where: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -94,7 +95,8 @@ def build_items(
         if isinstance(pair, BadRow):
             leave_out(row, pair)
         else:
-            items.append(Item(_said(row), row.messages[-1].content, *pair, row.task, row.tags, row.where))
+            reference = row.messages[-1].content
+            items.append(Item(_said(row), reference, *pair, row.task, row.tags, row.where, row.values))
     if not items:
         names = ", ".join(source.name for source in sources)
         why = counted(counts.skipped)

@@ -1,22 +1,23 @@
-"""The result of one evaluation, as values, as JSON and as a table."""
+"""The result of one evaluation, as values and as JSON; `table.py` shows it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
+from bigtune.errors import count_of
+from bigtune.evaluate.compare import Interval, interval
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question as asked and answered. `held_out_loss` is the mean over the reference's tokens."""
+    """One question as asked and answered. `held_out_loss` is the mean over the reference's tokens; a score is None
+    where the metric failed on this row."""
 
     question: str
     reference: str
     output: str
-    correct: bool
+    scores: Mapping[str, float | None]
     held_out_loss: float
     answer_tokens: int
     task: str
@@ -26,32 +27,43 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Over some rows: the mean loss of an answer token, and the share of right answers."""
+    """Over some rows: the mean loss of an answer token, in nats, and the mean of each metric, with intervals."""
 
     rows: int
     answer_tokens: int
-    held_out_loss: float
-    exact_match: float
+    held_out_loss: Interval
+    perplexity: float
+    metrics: Mapping[str, Interval]
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> "Score":
-        """Score one row or more. Every token counts alike, so a long answer weighs more than a short one."""
-        tokens = sum(sample.answer_tokens for sample in samples)
-        return cls(
-            rows=len(samples),
-            answer_tokens=tokens,
-            held_out_loss=sum(sample.held_out_loss * sample.answer_tokens for sample in samples) / tokens,
-            exact_match=sum(sample.correct for sample in samples) / len(samples),
-        )
+    def of(cls, samples: Sequence[Sample], seed: int = 0) -> "Score":
+        """Score one row or more. Every token counts alike in the loss: a long answer weighs more than a short one."""
+        tokens = [sample.answer_tokens for sample in samples]
+        loss = interval([sample.held_out_loss for sample in samples], tokens, seed)
+        metrics = {}
+        for name in samples[0].scores:
+            found = [score for sample in samples if (score := sample.scores[name]) is not None]
+            if found:
+                metrics[name] = interval(found, seed=seed)
+        return cls(len(samples), sum(tokens), loss, _exp(loss.mean), metrics)
 
 
-def scores_by(samples: Sequence[Sample], names: Callable[[Sample], Sequence[str]]) -> dict[str, Score]:
+def scores_by(samples: Sequence[Sample], names: Callable[[Sample], Sequence[str]], seed: int = 0) -> dict[str, Score]:
     """A score for each name, of the samples that bear it, in the order in which names first appear."""
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         for name in dict.fromkeys(names(sample)):
             groups.setdefault(name, []).append(sample)
-    return {name: Score.of(group) for name, group in groups.items()}
+    return {name: Score.of(group, seed) for name, group in groups.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A metric that raised: on how many rows, and the first of them."""
+
+    rows: int
+    where: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +71,12 @@ class Report:
     """How one model did.
 
     Counted here and nowhere else: `rows_unusable` of the sources, skipped because the run file says so, in all and by
-    reason, and `rows_too_long` for the model's context.
+    reason, and `rows_too_long` for the model's context. `failed` has the metrics that raised on rows.
     """
 
     model: str
     prompt: str
     shots: int
-    answer: str
     seed: int
     device: str
     dtype: str
@@ -74,74 +85,45 @@ class Report:
     rows_unusable: int
     unusable_by_reason: Mapping[str, int]
     rows_too_long: int
+    unstopped: int
+    failed: Mapping[str, Failed]
     overall: Score
     by_task: Mapping[str, Score]
     by_tag: Mapping[str, Score]
     samples: tuple[Sample, ...]
 
+    def asked(self) -> str:
+        """How, in words."""
+        return f"{self.prompt} prompt, {count_of(self.shots, 'example')}"
+
+    def left_out(self) -> str | None:
+        """Which rows have no score, and why."""
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in self.unusable_by_reason.items())
+        counts = {f"unusable ({reasons})": self.rows_unusable, "too long for the model's context": self.rows_too_long}
+        said = ", ".join(f"{count} {why}" for why, count in counts.items() if count)
+        lines = [f"rows left out: {said}"] if said else []
+        if self.unstopped:
+            lines.append(f"{self.unstopped} answers did not end within evaluate.max_new_tokens")
+        lines += [
+            f"{name} failed on {count_of(failed.rows, 'row')}, first {failed.where}: {failed.why}"
+            for name, failed in self.failed.items()
+        ]
+        return "; ".join(lines) or None
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dump`; a loss that is no number (a broken model) becomes None."""
-        plain: dict[str, Any] = _finite(asdict(self))
+        plain: dict[str, Any] = finite(asdict(self))
         return plain
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain values without what JSON has no words for."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def render(report: Report) -> Table:
-    """One model's scores: by task, by tag, and over all rows."""
-    table = _table(f"{escape(report.model)} ({_asked(report)})", _left_out(report))
-    for group in _groups(report):
-        for name, score in group.items():
-            table.add_row(escape(name), str(score.rows), f"{score.held_out_loss:.3f}", f"{score.exact_match:.1%}")
-        table.add_section()
-    return table
-
-
-def render_comparison(base: Report, tuned: Report) -> Table:
-    """Two models on the same rows, base → tuned. A group that only one of them has is left out."""
-    caption = _left_out(tuned)
-    if [sample.where for sample in base.samples] != [sample.where for sample in tuned.samples]:
-        caption = "the two models were scored on different rows"
-    table = _table(f"base: {_asked(base)}\ntuned: {_asked(tuned)}", caption)
-    for before, after in zip(_groups(base), _groups(tuned), strict=True):
-        for name, old in before.items():
-            new = after.get(name)
-            if new is None:
-                continue
-            table.add_row(
-                escape(name),
-                str(new.rows),
-                f"{old.held_out_loss:.3f} → {new.held_out_loss:.3f}",
-                f"{old.exact_match:.1%} → {new.exact_match:.1%}",
-            )
-        table.add_section()
-    return table
-
-
-def _table(title: str, caption: str | None) -> Table:
-    table = Table(title=title, caption=caption)
-    table.add_column("task")
-    for column in ("rows", "held-out loss", "exact match"):
-        table.add_column(column, justify="right")
-    return table
-
-
-def _groups(report: Report) -> list[Mapping[str, Score]]:
-    return [report.by_task, report.by_tag, {"all rows": report.overall}]
-
-
-def _asked(report: Report) -> str:
-    return f"{report.prompt} prompt, {report.shots} {'example' if report.shots == 1 else 'examples'}"
-
-
-def _left_out(report: Report) -> str | None:
-    reasons = ", ".join(f"{count} × {reason}" for reason, count in report.unusable_by_reason.items())
-    counts = {f"unusable ({reasons})": report.rows_unusable, "too long for the model's context": report.rows_too_long}
-    said = ", ".join(f"{count} {why}" for why, count in counts.items() if count)
-    return f"rows left out: {said}" if said else None
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

@@ -10,8 +10,9 @@ from markupsafe import Markup
 from bigtune.errors import ConfigError
 from bigtune.report.inspection import Inspection
 from bigtune.report.svg import histogram_svg
-from bigtune.report.tokens import shorten, visible
+from bigtune.report.tokens import shorten
 from bigtune.report.words import cuts_told, imbalance_told, row_told, steps_told
+from bigtune.visible import visible
 
 TEMPLATE, STYLE = (Path(__file__).with_name(name) for name in ("page.html.jinja", "style.css"))
 SAMPLE_TOKENS, PART_TOKENS = 3000, 240

@@ -15,8 +15,9 @@ from rich.text import Text
 
 from bigtune.report.blocks import COLOURS, Plot, RowBar
 from bigtune.report.inspection import Inspection, Loss, PackedRow, Packing, Sample, SourceShare
-from bigtune.report.tokens import Gap, Token, shorten, visible
+from bigtune.report.tokens import Gap, Token, shorten
 from bigtune.report.words import cuts_told, imbalance_told, row_told, steps_told
+from bigtune.visible import visible
 
 SAMPLE_TOKENS, PART_TOKENS = 400, 40
 """Of a sample, and of a document in a packed row, so many are shown."""

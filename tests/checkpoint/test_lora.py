@@ -15,8 +15,8 @@ from bigtune.checkpoint.layout import Layout
 from bigtune.checkpoint.merge import merge
 from bigtune.config import Run
 from bigtune.data.prepare import prepare
-from bigtune.errors import CheckpointError, ModelError
-from bigtune.evaluate.run import load_model
+from bigtune.errors import CheckpointError
+from bigtune.evaluate.load import load
 from bigtune.model.vocabulary import vocabulary_of
 from bigtune.runfile import to_yaml
 from bigtune.train.start import find_start
@@ -226,10 +226,11 @@ def refused_start(run: Run, checkpoint: Path) -> str:
     return str(caught.value)
 
 
-def test_an_adapter_is_no_model_to_evaluate(llama: Trained, tmp_path: Path) -> None:
-    adapter = merge(llama.run.output, tmp_path / "adapter", adapter=True)
-    with pytest.raises(ModelError, match="an adapter, not a whole model; run `bigtune merge` without --adapter first"):
-        load_model(adapter)
+def test_an_adapter_is_evaluated_as_the_merged_model_is(llama: Trained, tmp_path: Path) -> None:
+    adapter = load(merge(llama.run.output, tmp_path / "adapter", adapter=True))
+    merged = load(merge(llama.run.output, tmp_path / "merged"))
+    ids = torch.arange(12)[None] + 5
+    torch.testing.assert_close(adapter.model(ids).logits, merged.model(ids).logits)
 
 
 def test_a_run_without_adapter_has_none_to_write(tmp_path: Path) -> None:

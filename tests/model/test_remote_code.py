@@ -10,7 +10,7 @@ from bigtune.config import Run
 from bigtune.data.chat import load_tokenizer
 from bigtune.data.prepare import prepare
 from bigtune.errors import ModelError
-from bigtune.evaluate.run import load_model
+from bigtune.evaluate.load import load
 from bigtune.model.load import read_config
 from tests.tiny import tiny_model, tiny_run, write_rows
 from tests.training import metrics, step, train
@@ -59,7 +59,7 @@ def test_it_is_not_run_and_nobody_is_asked(own: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ModelError, match=r"Python code beside it \(auto_map .*; .* set model.trust_remote_code: true"):
         read_config(own / "model")
     with pytest.raises(ModelError, match="cannot be loaded"):
-        load_model(own / "model")
+        load(own / "model")
     load_tokenizer(own / "model")
     run_of(own)
     assert not (own / "ran").exists()
@@ -78,7 +78,7 @@ def test_where_the_run_file_trusts_it_it_trains_as_what_it_is(own: Path, tmp_pat
     assert (own / "ran").exists()
     merged = merge(step(run, 2), tmp_path / "merged")
     assert (merged / "modeling_mine.py").is_file()
-    assert type(load_model(merged, trusted=True)).__name__ == "MineForCausalLM"
+    assert type(load(merged, trusted=True).model).__name__ == "MineForCausalLM"
     tiny_model(tmp_path / "plain" / "model")
     (own / "rows.jsonl").rename(tmp_path / "plain" / "rows.jsonl")
     plain = run_of(tmp_path / "plain")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from bigtune.data.chat import load_tokenizer
 from bigtune.data.document import Document
-from bigtune.report.tokens import Gap, Reader, learnt_weights, shorten, visible
+from bigtune.report.tokens import Gap, Reader, learnt_weights, shorten
+from bigtune.visible import visible
 from tests.stores import document
 from tests.tiny import tiny_tokenizer
 
