@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bigtune.checkpoint.verify import Verdict
     from bigtune.config import Run
     from bigtune.data.manifest import Manifest
+    from bigtune.evaluate.chat import Chat, Sampling
     from bigtune.evaluate.report import Report
     from bigtune.launch.hosts import Host
     from bigtune.launch.link import Way
@@ -271,6 +272,23 @@ def evaluate_shots(run: "Run", model: Path, shots: Sequence[int]) -> "list[Repor
 
             reports.append(stage.evaluate(section, run.data, loaded, run.train.seed, advance, below))
     return reports
+
+
+def chat(
+    model: Path, sampling: "Sampling | None" = None, system: str = "", seed: int = 0, trusted: bool = False
+) -> "Chat":
+    """Begin a conversation with a model.
+
+    Args:
+        model: as `evaluate` takes it.
+        trusted: whether code of the model's folder may run.
+    """
+    from bigtune.evaluate.chat import Chat, Sampling
+    from bigtune.evaluate.load import load, whole
+
+    with whole(model, merge) as folder:
+        loaded = load(folder, trusted=trusted, name=str(model))
+    return Chat(loaded, sampling or Sampling(), system, seed)
 
 
 def _note(line: str) -> None:

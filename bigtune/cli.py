@@ -277,6 +277,38 @@ def evaluate(
     stage(load_run(run_file, overrides), model, base, shots, as_json)
 
 
+@main.command(epilog=_example("bigtune chat models/gsm8k", "bigtune chat runs/gsm8k --prompt 'What is 3 times 4?'"))
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--prompt", help="Print one answer, and end.")
+@click.option("--system", default="", help="A system prompt.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that lies in the model's folder.")
+def chat(
+    model: Path,
+    prompt: str | None,
+    system: str,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    seed: int,
+    trust_remote_code: bool,
+) -> None:
+    """Talk with MODEL: a model's folder, an adapter's, a checkpoint's, or a run's for its latest checkpoint."""
+    from bigtune import api
+    from bigtune.evaluate import session
+    from bigtune.evaluate.chat import Sampling
+
+    sampling = Sampling(temperature, top_p, max_new_tokens)
+    talk = api.chat(model, sampling, system, seed, trust_remote_code)
+    if prompt is None:
+        session.converse(talk, str(model))
+    else:
+        session.answer(talk, prompt)
+
+
 @main.command(epilog=_example("bigtune demo --output runs/demo"))
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
 def demo(output: Path) -> None:

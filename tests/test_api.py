@@ -23,6 +23,8 @@ def test_the_chain_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str
     tuned = api.merge(run.output, tmp_path / "tuned")
     before, after = (api.evaluate(run, model).overall.held_out_loss.mean for model in (run.model.path, tuned))
     assert after < before - 0.1
+    assert api.evaluate(run, run.output).overall == api.evaluate(run, tuned).overall  # merged for the time being
+    assert not list((run.output / "checkpoints").glob(".merged-*"))
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """A model for inference, from whatever a user has: a model's folder, a peft adapter, or a checkpoint of a run."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,24 @@ def load(path: Path, dtype: str | None = None, trusted: bool = False, name: str 
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"{path}: the model cannot be loaded: {reason}") from error
     return Loaded(name or str(path), model.to(device).eval(), tokenizer)
+
+
+def context_of(model: Any) -> int | None:
+    """The most tokens that a model takes at once; None where it does not say."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
+def stop_ids(loaded: Loaded, answers: Iterable[Sequence[int]]) -> set[int]:
+    """Tokens that end an answer: the model's and its tokenizer's, and the template's end of a turn, with which the
+    answers of known ones end."""
+    own = getattr(loaded.model.generation_config, "eos_token_id", None)
+    ends: set[int] = {loaded.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    special = {id for id, token in loaded.tokenizer.added_tokens_decoder.items() if token.special}
+    for ids in answers:
+        # Backwards, since templates put a line end behind the token that ends a turn.
+        ends.update([token for token in reversed(ids) if token in special][:1])
+    return ends
 
 
 def _model(path: Path, dtype: torch.dtype, trusted: bool) -> Any:

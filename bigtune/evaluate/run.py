@@ -1,15 +1,14 @@
 """Evaluate one model: ask, score, report. One process; on a GPU where there is one."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from bigtune.config import Data, Evaluate
 from bigtune.data.formats import ReadCounts
 from bigtune.errors import DataError, ModelError
 from bigtune.evaluate.generate import Output, generate
-from bigtune.evaluate.load import Loaded
+from bigtune.evaluate.load import Loaded, context_of, stop_ids
 from bigtune.evaluate.loss import answer_losses
 from bigtune.evaluate.metrics import Metric, find_metrics
 from bigtune.evaluate.prompts import PLAIN_END, Item, build_items
@@ -56,7 +55,7 @@ def evaluate(
         model,
         tokenizer,
         [item.prompt_ids for item in asked],
-        stop_ids=_stop_ids(model, tokenizer, asked),
+        stop_ids=stop_ids(loaded, [item.answer_ids for item in asked]),
         stop_text=PLAIN_END if evaluate.prompt == "plain" else "",
         max_new_tokens=evaluate.max_new_tokens,
         batch_size=evaluate.batch_size,
@@ -121,7 +120,7 @@ def _fitting(loaded: Loaded, items: Sequence[Item], max_new_tokens: int) -> list
     embeddings = model.get_input_embeddings().weight.shape[0]
     if highest >= embeddings:
         raise ModelError(f"{loaded.name}: it has {embeddings} embeddings, but its tokenizer gives token {highest}")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model)
     if context is None:
         return list(items)
     needs = [len(item.prompt_ids) + max(len(item.answer_ids), max_new_tokens) for item in items]
@@ -132,17 +131,6 @@ def _fitting(loaded: Loaded, items: Sequence[Item], max_new_tokens: int) -> list
             f"({max_new_tokens}), and the model's context is {context}; lower it, or evaluate.shots"
         )
     return fitting
-
-
-def _stop_ids(model: Any, tokenizer: Any, items: Iterable[Item]) -> set[int]:
-    """Tokens that end an answer: the model's and its tokenizer's, and the template's end of a turn."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends: set[int] = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for item in items:
-        # Backwards, since templates put a line end behind the token that ends a turn.
-        ends.update([token for token in reversed(item.answer_ids) if token in special][:1])
-    return ends
 
 
 def _stage(progress: Progress | None, name: str, total: int) -> Callable[[int], None] | None:
