@@ -180,9 +180,9 @@ class Agent:
             child.ended = True
             told = {"name": child.name, "code": code}
             if code:
-                found = {name: _text(path).strip() for name, path in child.words.items()}
-                tail = found.pop("log", "")[-TAIL_BYTES:]
-                told |= {**found, "tail": tail}
+                found = {name: _text(path) for name, path in child.words.items()}
+                told["tail"] = found.pop("log", "")[-TAIL_BYTES:]
+                told |= {name: text.strip() for name, text in found.items()}
             self.tell(exit=told)
 
     def _alive(self) -> list[Child]:

@@ -157,6 +157,7 @@ def test_bare_deepspeed_ends_where_one_host_lacks_the_run_file(job: Job) -> None
     assert f"Error: rank 0: n2: {run_file}: no such run file" in job.log.read_text()
 
 
+@pytest.mark.slow
 def test_the_environment_is_carried_and_shows_in_no_command_line(job: Job) -> None:
     process = job.start(HF_TOKEN="a-secret-of-a-test")
     job.reach(1)
