@@ -72,7 +72,7 @@ def meet(world: World, problem: str = "") -> Any:
         store.set(f"{CAME}/{world.rank}", "")
         if problem:
             store.compare_set(MET, "", problem)
-        elif store.add(CAME, 1) == world.world_size:
+        elif store.add(CAME, 1) >= world.world_size:  # more, where torchrun starts again with the same store
             store.compare_set(MET, "", ALL)
         said = _wait(store, world)
         if said == ALL:
