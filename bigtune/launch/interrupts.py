@@ -1,7 +1,7 @@
 """What the launcher itself is asked to do: to stop, at once if asked twice, or to have the run saved.
 
-SIGHUP is one, since an ssh session that is lost sends it. Only the main thread gets signals; started from another, a
-run is interrupted through its workers.
+SIGHUP is one, since an ssh session that is lost sends it; under nohup it stays ignored. Only the main thread gets
+signals; started from another, a run is interrupted through its workers.
 """
 
 import signal
@@ -27,6 +27,8 @@ class Interrupts:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (*STOPS, signal.SIGUSR1):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

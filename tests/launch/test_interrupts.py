@@ -22,6 +22,20 @@ def test_a_batch_system_that_asks_agents_first_is_no_second_time() -> None:
         assert interrupts.any and interrupts.take() == [signal.SIGTERM]
 
 
+def test_a_terminal_that_hangs_up_is_one_but_for_nohup() -> None:
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGHUP)
+        assert interrupts.take() == [signal.SIGTERM]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupts.any
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_save_is_passed_on_and_is_no_interruption() -> None:
     with Interrupts() as interrupts:
         signal.raise_signal(signal.SIGUSR1)
