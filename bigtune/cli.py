@@ -277,7 +277,7 @@ def evaluate(
     stage(load_run(run_file, overrides), model, base, shots, as_json)
 
 
-@main.command(epilog=_example("bigtune chat models/gsm8k", "bigtune chat runs/gsm8k --prompt 'What is 3 times 4?'"))
+@main.command(epilog=_example("bigtune chat models/gsm8k --temperature 0.7"))
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Print one answer, and end.")
 @click.option("--system", default="", help="A system prompt.")
