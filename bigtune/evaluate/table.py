@@ -1,20 +1,20 @@
 """Reports as tables for the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from rich import box
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from bigtune.evaluate.compare import LEVEL, Difference, Interval
+from bigtune.evaluate.compare import LEVEL, Interval
 from bigtune.evaluate.report import Report, Score
 from bigtune.evaluate.versus import LOSS, Change, Versus
 from bigtune.visible import visible
 
 SHOWN = 3
 """Rows that two models answer differently."""
-SURE = 0.05
 
 
 def render(report: Report) -> Table:
@@ -38,24 +38,32 @@ def render_shots(reports: Sequence[Report]) -> Table:
 
 
 def render_versus(found: Versus) -> Group:
-    """Two models, base → tuned, with the chance that they are alike; then rows that they answer differently."""
+    """Two models, with what lies between them and the chance that they are alike; then rows that they answer
+    differently."""
     base, tuned = found.asked
-    caption = f"brackets: {LEVEL:.0%} interval of the difference; * p < {SURE:g} (paired, by chance alone)"
+    title = f"base: {found.base} ({base})\ntuned: {found.tuned} ({tuned})"
+    caption = f"difference: between what it lies ({LEVEL:.0%}); p: as far apart by chance alone"
     if found.unpaired:
-        caption += f"; {found.unpaired} rows that only one model was asked are left out"
-    table = _table(
-        f"base: {found.base} ({base})\ntuned: {found.tuned} ({tuned})",
-        [name for name in found.overall if name != LOSS], caption,
-    )  # fmt: skip
+        caption += f"\nleft out: {found.unpaired} rows that only one model was asked"
+    table = Table(title=Text(title), caption=Text(caption), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column, justify in (
+        ("task", "left"), ("score", "left"), ("rows", "right"), ("base", "right"), ("tuned", "right"),
+        ("difference", "right"), ("p", "right"),
+    ):  # fmt: skip
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for group in (found.by_task, found.by_tag, {"all rows": found.overall}):
-        for name, changes in group.items():
-            table.add_row(escape(name), str(changes[LOSS].rows), *_changed(changes, list(found.overall)))
+        for task, changes in group.items():
+            shown = task
+            for name, change in changes.items():
+                table.add_row(escape(shown), _title(name), str(change.rows), *_changed(name, change))
+                shown = ""
         table.add_section()
     return Group(table, *_differing(found))
 
 
 def _table(title: str, metrics: Sequence[str], caption: str | None, first: str = "task") -> Table:
-    table = Table(title=Text(title), caption=Text(caption) if caption else None)
+    caption_text = Text(caption) if caption else None
+    table = Table(title=Text(title), caption=caption_text, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(first)
     for column in ("rows", "held-out loss", *(name.replace("_", " ") for name in metrics)):
         table.add_column(column, justify="right")
@@ -71,22 +79,17 @@ def _percent(one: Interval) -> str:
     return f"{one.mean:.1%} ± {(one.high - one.low) / 2:.1%}"
 
 
-def _changed(changes: Mapping[str, Change], names: Sequence[str]) -> list[str]:
-    cells = []
-    for name in names:
-        change = changes.get(name)
-        if change is None:
-            cells.append("–")
-        elif name == LOSS:
-            cells.append(f"{change.base.mean:.3f} → {change.tuned.mean:.3f}{_sure(change.difference, '+.3f')}")
-        else:
-            cells.append(f"{change.base.mean:.1%} → {change.tuned.mean:.1%}{_sure(change.difference, '+.1%')}")
-    return cells
+def _title(name: str) -> str:
+    return "held-out loss" if name == LOSS else name.replace("_", " ")
 
 
-def _sure(found: Difference, form: str) -> str:
-    star = "*" if found.p_value < SURE else " "
-    return f"\n\\[{found.low:{form}}, {found.high:{form}}]{star}"
+def _changed(name: str, change: Change) -> list[str]:
+    """Both models' means, the difference and how sure it is."""
+    form, signed = (".3f", "+.3f") if name == LOSS else (".1%", "+.1%")
+    gap = change.difference
+    between = f"{gap.low:{signed}} to {gap.high:{signed}}"
+    p_value = f"{gap.p_value:.3f}" if gap.p_value >= 0.001 else "<0.001"
+    return [f"{change.base.mean:{form}}", f"{change.tuned.mean:{form}}", between, p_value]
 
 
 def _differing(found: Versus) -> list[Text]:

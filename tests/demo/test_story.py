@@ -23,7 +23,9 @@ def test_the_tuned_model_answers_what_it_was_never_asked(tmp_path: Path, capsys:
         tuned.by_task[task].held_out_loss.mean < score.held_out_loss.mean for task, score in base.by_task.items()
     )
     shown = capsys.readouterr().out
-    assert re.search(r"all rows +│ +320 │ .* → .* │ +.*% → .*%", shown)
+    number = r"[\d.]+%?"
+    assert re.search(rf"all rows +held-out loss +320 +{number} +{number} +-{number} to -{number} +<0.001", shown)
+    assert re.search(rf"exact match +320 +{number} +{number} +\+{number} to \+{number} +<0.001", shown)
     assert len(re.findall(r"^  before: ", shown, re.MULTILINE)) == 3
     for stage in ("base", "tuned"):
         assert len(list((tmp_path / "demo" / stage).glob("*.safetensors"))) >= 1
