@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bigtune.config import Run
     from bigtune.data.manifest import Manifest
     from bigtune.evaluate.chat import Chat, Sampling
+    from bigtune.evaluate.load import Loaded
     from bigtune.evaluate.report import Report
     from bigtune.launch.hosts import Host
     from bigtune.launch.link import Way
@@ -252,7 +253,6 @@ def evaluate_shots(run: "Run", model: Path, shots: Sequence[int]) -> "list[Repor
     none."""
     from bigtune.data.holdout import bound_of
     from bigtune.evaluate import run as stage
-    from bigtune.evaluate.load import load, whole
 
     if run.evaluate is None:
         raise ConfigError("the run file has no evaluate section; add evaluate: {sources: [{path: …}]}")
@@ -261,8 +261,7 @@ def evaluate_shots(run: "Run", model: Path, shots: Sequence[int]) -> "list[Repor
         section.sources is None or (section.shots and section.shots_from is None) for section in sections
     )
     below = bound_of(run.data, run.store) if asks_for_training_rows else 0
-    with whole(model, merge) as folder:
-        loaded = load(folder, trusted=run.model.trust_remote_code, name=str(model))
+    loaded = _loaded(model, run.model.trust_remote_code)
     reports = []
     for section in sections:
         with bar("evaluate") as shown:
@@ -284,11 +283,16 @@ def chat(
         trusted: whether code of the model's folder may run.
     """
     from bigtune.evaluate.chat import Chat, Sampling
+
+    return Chat(_loaded(model, trusted), sampling or Sampling(), system, seed)
+
+
+def _loaded(model: Path, trusted: bool) -> "Loaded":
+    """A model for inference, merged for the time of loading where it is a checkpoint."""
     from bigtune.evaluate.load import load, whole
 
     with whole(model, merge) as folder:
-        loaded = load(folder, trusted=trusted, name=str(model))
-    return Chat(loaded, sampling or Sampling(), system, seed)
+        return load(folder, trusted=trusted, name=str(model))
 
 
 def _note(line: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from bigtune.data.chat import ChatFormat
 from bigtune.data.conversation import Conversation, Message
 from bigtune.errors import DataError
+from bigtune.evaluate.generate import without_own_settings
 from bigtune.evaluate.load import Loaded, context_of, stop_ids
 
 
@@ -85,8 +86,7 @@ class Chat:
         model, chosen = self._loaded.model, self._sampling
         draws = {"do_sample": True, "temperature": chosen.temperature, "top_p": chosen.top_p, "top_k": 0}
         prompt_BS = torch.tensor([ids], device=model.device)
-        own, model.generation_config = model.generation_config, GenerationConfig()
-        try:
+        with without_own_settings(model):
             model.generate(
                 input_ids=prompt_BS,
                 attention_mask=torch.ones_like(prompt_BS),
@@ -96,8 +96,6 @@ class Chat:
                 ),
                 streamer=stream,
             )  # fmt: skip
-        finally:
-            model.generation_config = own
 
 
 class _Stream:

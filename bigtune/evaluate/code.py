@@ -45,7 +45,9 @@ def check_sandbox(settings: CodeRuns | None) -> CodeRuns:
         return settings
     if shutil.which("bwrap") is None:
         raise ConfigError("evaluate.code.sandbox: there is no bubblewrap here (package bubblewrap); install it")
-    tried = subprocess.run([*_bubblewrap(Path("/")), "true"], capture_output=True, text=True, check=False)
+    tried = subprocess.run(
+        [*_bubblewrap(Path(tempfile.gettempdir())), "true"], capture_output=True, text=True, check=False
+    )
     if tried.returncode:
         raise ConfigError(f"evaluate.code.sandbox: bubblewrap does not work here: {tried.stderr.strip()}")
     return settings
@@ -96,10 +98,10 @@ def _bubblewrap(folder: Path) -> list[str]:
     shown: list[str] = []
     for needed in (Path(sys.prefix), Path(sys.base_prefix)):  # the interpreter may lie in a home folder
         shown += ["--ro-bind", str(needed), str(needed)]
-    scratch = ["--bind", str(folder), str(folder), "--chdir", str(folder)] if folder != Path("/") else []
     return [
         "bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", "--tmpfs", "/var/tmp",
-        *hidden, *shown, *scratch, "--unshare-all", "--die-with-parent", "--new-session",
+        *hidden, *shown, "--bind", str(folder), str(folder), "--chdir", str(folder),
+        "--unshare-all", "--die-with-parent", "--new-session",
     ]  # fmt: skip
 
 

@@ -25,13 +25,10 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """Of two models on the same rows: the mean of (second - first), its interval, and how often a mean as far from 0
-    would come by chance alone, if nobody knew which of a row's two scores is whose."""
+class Difference(Interval):
+    """Of two models on the same rows: of (second - first), and how often a mean as far from 0 would come by chance
+    alone, if nobody knew which of a row's two scores is whose."""
 
-    mean: float
-    low: float
-    high: float
     p_value: float
 
 
@@ -57,7 +54,7 @@ def difference(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = 
     """
     gaps = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     weight = np.ones_like(gaps) if weights is None else np.asarray(weights, dtype=np.float64)
-    found = interval(gaps.tolist(), weight.tolist(), seed)
+    found = interval(gaps, weight, seed)
     if not gaps.any() or len(gaps) == 1:
         return Difference(found.mean, found.low, found.high, 1.0)
     tested = stats.permutation_test(

@@ -3,7 +3,8 @@
 B rows, S sequence.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,9 +70,7 @@ def _continue(
         ids_BS[row, width - len(ids) :] = torch.tensor(ids)
         mask_BS[row, width - len(ids) :] = 1
     stop = _Stop(tokenizer, width, stop_ids, stop_text)
-    # The model's own settings fill what a call leaves open; they are put aside for its length.
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
+    with without_own_settings(model):
         grown_BS = model.generate(
             input_ids=ids_BS.to(model.device),
             attention_mask=mask_BS.to(model.device),
@@ -80,11 +79,21 @@ def _continue(
             ),
             stopping_criteria=[stop],
         )
-    finally:
-        model.generation_config = own
     new: list[list[int]] = grown_BS[:, width:].tolist()
     # A row that has stopped goes on growing until the last of its batch has.
     return [ids[: stop.lengths.get(row, len(ids))] for row, ids in enumerate(new)]
+
+
+@contextmanager
+def without_own_settings(model: Any) -> Iterator[None]:
+    """The model's own settings fill what a call leaves open; they are put aside for its length."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _Stop:

@@ -57,9 +57,7 @@ def token_f1(output: str, reference: str, row: Mapping[str, Any]) -> float:
 
 def chrf(output: str, reference: str, row: Mapping[str, Any]) -> float:
     """F-score of character n-grams (https://aclanthology.org/W15-3049), by sacrebleu; of the answer by itself."""
-    from sacrebleu.metrics.chrf import CHRF
-
-    return float(CHRF().sentence_score(output, [reference]).score) / 100
+    return float(_chrf_scorer().sentence_score(output, [reference]).score) / 100
 
 
 def _rouge(kind: str) -> Metric:
@@ -69,6 +67,13 @@ def _rouge(kind: str) -> Metric:
         return float(_rouge_scorer(kind).score(reference, output)[kind].fmeasure)
 
     return score
+
+
+@cache
+def _chrf_scorer() -> Any:
+    from sacrebleu.metrics.chrf import CHRF
+
+    return CHRF()
 
 
 @cache

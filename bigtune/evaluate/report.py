@@ -3,10 +3,13 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from bigtune.errors import count_of
 from bigtune.evaluate.compare import Interval, interval
+from bigtune.plain import plain
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,18 @@ class Score:
         return cls(len(samples), sum(tokens), loss, _exp(loss.mean), metrics)
 
 
-def scores_by(samples: Sequence[Sample], names: Callable[[Sample], Sequence[str]], seed: int = 0) -> dict[str, Score]:
-    """A score for each name, of the samples that bear it, in the order in which names first appear."""
-    groups: dict[str, list[Sample]] = {}
-    for sample in samples:
-        for name in dict.fromkeys(names(sample)):
-            groups.setdefault(name, []).append(sample)
-    return {name: Score.of(group, seed) for name, group in groups.items()}
+def grouped(rows: Sequence[Row], names: Callable[[Row], Sequence[str]]) -> dict[str, list[Row]]:
+    """The rows that bear each name, in the order in which names first appear."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        for name in dict.fromkeys(names(row)):
+            groups.setdefault(name, []).append(row)
+    return groups
+
+
+def task_of(sample: Sample) -> Sequence[str]:
+    """The name of a sample's task, if it has one."""
+    return (sample.task,) if sample.task else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +120,8 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dump`; a loss that is no number (a broken model) becomes None."""
-        plain: dict[str, Any] = finite(asdict(self))
-        return plain
-
-
-def finite(value: Any) -> Any:
-    """Plain values without what JSON has no words for."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        found: dict[str, Any] = plain(asdict(self))
+        return found
 
 
 def _exp(loss: float) -> float:

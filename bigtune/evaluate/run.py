@@ -12,7 +12,7 @@ from bigtune.evaluate.load import Loaded, context_of, stop_ids
 from bigtune.evaluate.loss import answer_losses
 from bigtune.evaluate.metrics import Metric, find_metrics
 from bigtune.evaluate.prompts import PLAIN_END, Item, build_items
-from bigtune.evaluate.report import Failed, Report, Sample, Score, scores_by
+from bigtune.evaluate.report import Failed, Report, Sample, Score, grouped, task_of
 
 Progress = Callable[[str, int, int], None]
 TRIED = 20
@@ -82,8 +82,8 @@ def evaluate(
         unstopped=sum(not output.stopped for output in outputs),
         failed=failures,
         overall=Score.of(samples, seed),
-        by_task=scores_by(samples, lambda sample: (sample.task,) if sample.task else (), seed),
-        by_tag=scores_by(samples, lambda sample: sample.tags, seed),
+        by_task={name: Score.of(some, seed) for name, some in grouped(samples, task_of).items()},
+        by_tag={name: Score.of(some, seed) for name, some in grouped(samples, lambda one: one.tags).items()},
         samples=tuple(samples),
     )
 

@@ -1,12 +1,13 @@
 """Two models on the same rows, base against tuned: what changed, how surely, and the rows where it shows."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bigtune.errors import DataError
 from bigtune.evaluate.compare import Difference, Interval, difference, interval
-from bigtune.evaluate.report import Report, Sample, finite
+from bigtune.evaluate.report import Report, Sample, grouped, task_of
+from bigtune.plain import plain
 
 Pair = tuple[Sample, Sample]
 
@@ -50,8 +51,8 @@ class Versus:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dump`."""
-        plain: dict[str, Any] = finite(asdict(self))
-        return plain
+        found: dict[str, Any] = plain(asdict(self))
+        return found
 
 
 LOSS = "held_out_loss"
@@ -67,8 +68,7 @@ def versus(base: Report, tuned: Report) -> Versus:
     pairs = [(known[key], sample) for sample in tuned.samples if (key := (sample.where, sample.question)) in known]
     if not pairs:
         raise DataError("the two models were asked no row in common")
-    by_task = _grouped(pairs, lambda sample: (sample.task,) if sample.task else ())
-    by_tag = _grouped(pairs, lambda sample: sample.tags)
+    by_task, by_tag = grouped(pairs, lambda pair: task_of(pair[1])), grouped(pairs, lambda pair: pair[1].tags)
     unpaired = len(base.samples) + len(tuned.samples) - 2 * len(pairs)
     return Versus(
         base.model, tuned.model, (base.asked(), tuned.asked()), unpaired, _changes(pairs, tuned.seed),
@@ -96,11 +96,3 @@ def _changes(pairs: Sequence[Pair], seed: int) -> dict[str, Change]:
             change = difference(old, new, seed=seed)
             found[name] = Change(len(both), interval(old, seed=seed), interval(new, seed=seed), change)
     return found
-
-
-def _grouped(pairs: Sequence[Pair], names: Callable[[Sample], Sequence[str]]) -> dict[str, list[Pair]]:
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        for name in dict.fromkeys(names(pair[1])):
-            groups.setdefault(name, []).append(pair)
-    return groups

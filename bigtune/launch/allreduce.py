@@ -38,9 +38,7 @@ def main() -> None:
 
 def _reduce(tensor: torch.Tensor, world: World, store: Any) -> list[float]:
     backend = "nccl" if tensor.is_cuda else "gloo"
-    distributed.init_process_group(
-        backend, store=store, rank=world.rank, world_size=world.world_size, timeout=LIMIT
-    )  # fmt: skip
+    distributed.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=LIMIT)
     found = [0.0] * world.world_size
     for other in range(1, world.world_size):
         pair = distributed.new_group([0, other], timeout=LIMIT)

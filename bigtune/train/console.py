@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bigtune.dist import CHILD, World
 from bigtune.errors import BigtuneError, LaunchError, LostError
+from bigtune.plain import plain
 from bigtune.process import LOST_OTHERS, USERS_ERROR
 from bigtune.progress import Bar
 
@@ -62,7 +63,7 @@ class WorkerConsole:
     def keep_step(self, **line: float) -> None:
         """Keep what this rank's last step gave, for whoever looks into its end: `logs/rank-N.step`, one line."""
         with suppress(OSError):  # a full disk is told by what must be written
-            os.pwrite(self._step_file, json.dumps(line).ljust(STEP_BYTES).encode() + b"\n", 0)
+            os.pwrite(self._step_file, json.dumps(plain(line)).ljust(STEP_BYTES).encode() + b"\n", 0)
 
     def bar(self, stage: str) -> Bar | None:
         """A progress bar on rank 0's terminal."""

@@ -88,8 +88,9 @@ def train(
                     if totals.asked.stop or not totals.tokens:
                         break
                     rate = learning_rate(run.optim, progress.step + 1, steps)
-                    place = (run.train.seed, progress.step)
-                    losses, applied = _learn(engine, memory, data.batches, totals, rate, place)
+                    losses, applied = _learn(
+                        engine, memory, data.batches, totals, rate, (run.train.seed, progress.step)
+                    )
                 progress = Progress(progress.step + 1, progress.skipped_steps + (not applied), data.after)
                 waited = loader.waited_seconds - waited
                 line = _line(progress, rows, totals, data.imbalance, rate, engine.grad_norm, applied)

@@ -6,7 +6,6 @@ a checkpoint or the end asks for it.
 """
 
 import json
-import math
 import resource
 import statistics
 import time
@@ -20,6 +19,7 @@ import torch
 from bigtune import dist
 from bigtune.data.collate import MicroBatch
 from bigtune.dist import World
+from bigtune.plain import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class MetricsLog:
         self._hold_nothing()
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_without_nan(self.last)) + "\n")
+                file.write(json.dumps(plain(self.last)) + "\n")
 
     def elapsed(self) -> float:
         """Seconds since the process started."""
@@ -140,13 +140,6 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
     middle = {"least": min(seconds), "median": statistics.median(seconds), "most": seconds[slowest]}
     return {**{name: round(value, 6) for name, value in middle.items()}, "slowest_rank": slowest}
-
-
-def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: they become null."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
-    }
 
 
 def peak_memory_gib() -> float:
